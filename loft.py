@@ -1,0 +1,719 @@
+"""LOFT: low-rank orthogonal fine-tuning.
+
+A frozen weight W0 (out × in) is adapted by a rotation of a small subspace (LOFT, arXiv 2605.11872):
+
+    W = W0 R,    R = I + P (T − I) Pᵀ,    PᵀP = I_r,  TᵀT = I_r          (side="input")
+    W = R W0,    the same R, with P (out × r)                            (side="output")
+
+The **support** P says where to adapt, the **transform** T how. R is orthogonal for every P and T, is the
+identity off span(P), and is I at the start. On activations (rows x), no rotated weight is ever formed:
+
+    z = x P,    y = base(x + z (Tᵀ − I) Pᵀ)
+
+    import loft                                        # five lines of use
+    model = loft.adapt(model, rank=32)                 # in place: base frozen, rotations train
+    train(model)                                       # any optimizer over the parameters that require grad
+    loft.save(model, "adapter.pt")                     # the adapter alone
+    model = loft.merge(model)                          # plain layers again
+
+This file stands alone on torch ≥ 2.6 and can be copied by itself. Beside it, selectors.py chooses supports
+from the downstream gradient.
+"""
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import io
+import os
+import re
+import tempfile
+from typing import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Makes this single file a package, so that `from loft import selectors` always means the file beside it,
+# never the standard library's module of the same name.
+__path__ = [os.path.dirname(os.path.abspath(__file__))]
+
+SIDES = ("input", "output")
+
+# name: (support, transform, further options); `adapt` takes any of them as an override.
+METHODS = {
+    "loft": dict(support="principal", transform="cayley"),                    # arXiv 2605.11872
+    "psoft": dict(support="principal", transform="cayley", scale=True),       # arXiv 2505.11235
+    "oft": dict(support="all", transform="block"),                            # arXiv 2306.07280, 2506.19847
+    "boft": dict(support="all", transform="butterfly"),                       # arXiv 2311.06243
+    "goft": dict(support="all", transform="givens"),                          # arXiv 2404.04316
+    "hra": dict(support="all", transform="householder"),                      # arXiv 2405.17484
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Transforms: an orthogonal T (r × r), applied to rows z (…, r) as z ↦ z Tᵀ. Each is the identity, to the
+# last bit, at the start; so each computes the difference  delta(z) = z (T − I)ᵀ  rather than z Tᵀ.
+# All are built in float64 (float32 on MPS) and handed over in the parameters' precision.
+# ---------------------------------------------------------------------------------------------------------
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def skew(generator: Tensor, b: int) -> Tensor:
+    """Q = U − Uᵀ (…, b, b), with U strictly upper triangular and filled, row by row, by `generator` (…, b(b−1)/2)."""
+    i, j = torch.triu_indices(b, b, 1, device=generator.device)
+    U = generator.new_zeros(*generator.shape[:-1], b, b)
+    U[..., i, j] = generator
+    return U - U.mT
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """T − I for the Cayley transform T = (I + Q)(I − Q)⁻¹ of a skew Q (…, b, b): every rotation without eigenvalue −1."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    D = torch.linalg.solve(eye - Q, 2 * Q, left=False)                        # T − I = 2 Q (I − Q)⁻¹: no cancellation
+    return _polish(D)
+
+
+def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
+    """T − I for OFTv2's truncated series (arXiv 2506.19847), T ≈ (I + Q)(I + Q + … + Q^(terms−2)).
+
+    Orthogonal only up to ‖TᵀT − I‖ = O(‖Q‖^(terms−1)): bound ‖Q‖ (see `Skew`), or read `orthogonality_error`.
+    """
+    power, D = Q, 2 * Q                                                       # terms = 5:  2Q + 2Q² + 2Q³ + Q⁴
+    for k in range(2, terms):
+        power = power @ Q
+        D = D + (2 if k < terms - 1 else 1) * power
+    return D
+
+
+def expm(Q: Tensor) -> Tensor:
+    """T − I for T = exp(Q), Q skew (…, b, b): reaches every rotation. (In float64 the subtraction costs 1e-16.)"""
+    return _polish(torch.linalg.matrix_exp(Q) - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
+
+
+def givens(angle: Tensor) -> Tensor:
+    """T − I for plane rotations by `angle` (…, 1), as (…, 2, 2): [[cos θ − 1, −sin θ], [sin θ, cos θ − 1]]."""
+    c, s = -2 * torch.sin(angle / 2) ** 2, torch.sin(angle)                   # cos θ − 1 = −2 sin²(θ/2)
+    return torch.stack([torch.cat([c, -s], -1), torch.cat([s, c], -1)], -2)
+
+
+def _polish(D: Tensor) -> Tensor:
+    """One Newton–Schulz step T ← T (I − ½(TᵀT − I)): huge generators lose digits in the solve, this restores TᵀT = I.
+
+    Its derivative along the orthogonal group is the identity, so autograd may pass it by.
+    """
+    with torch.no_grad():
+        E = D + D.mT + D.mT @ D                                               # TᵀT − I, written in D = T − I
+        correction = (D @ E + E) / 2
+    return D - correction
+
+
+class Skew(nn.Module):
+    """T = T_1 T_2 … T_m, each stage block-diagonal: blocks (b × b) that are a map of a learned skew generator.
+
+    One class says five transforms: `cayley`, `cayley_neumann` and `expm` are one stage with one block of size r;
+    `block` (OFT) is one stage of r/b blocks; `butterfly` (BOFT) and `givens` (GOFT) are m stages, where stage s
+    joins half-blocks that lie 2^s half-blocks apart.
+
+    Args:
+        r: size of T.
+        block_size: b, a divisor of r (default: r).
+        stages: m; stage s needs b·2^s to divide r.
+        map: "cayley", "cayley_neumann", "expm" or "givens" (b = 2, generator = angle).
+        terms: matrices in the Cayley–Neumann series (5 in OFTv2).
+        bound: Frobenius bound on each block's Q, which is scaled back when longer (COFT's ε; OFTv2's norm bound).
+        share: one generator for all blocks of a stage (OFT's block sharing).
+    Parameters: generator (m, blocks or 1, b(b−1)/2), zero at the start.
+    """
+
+    def __init__(self, r: int, block_size: int | None = None, stages: int = 1, map: str = "cayley",
+                 terms: int = 5, bound: float | None = None, share: bool = False):
+        super().__init__()
+        b = r if block_size is None else block_size
+        if not (isinstance(b, int) and 1 <= b <= r and r % b == 0):
+            good = [k for k in range(1, r + 1) if r % k == 0]
+            raise ValueError(f"block_size={b} does not divide {r}; nearest that do: {_around(b, good)}")
+        most = 1                                                              # stages that b·2^s | r allows
+        while b % 2 == 0 and r % (b << most) == 0:
+            most += 1
+        if not (isinstance(stages, int) and 1 <= stages <= most):
+            raise ValueError(f"stages={stages} with blocks of {b} in {r} dimensions: must be 1 to {most} "
+                             f"(stage s joins blocks of {b}·2^s, which has to divide {r})")
+        if map == "cayley_neumann" and terms < 2:
+            raise ValueError(f"terms={terms}: the Cayley–Neumann series needs at least 2 (I + 2Q)")
+        self.r, self.b, self.map, self.terms, self.bound = r, b, map, terms, bound
+        self.generator = nn.Parameter(torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
+
+    def blocks(self) -> Tensor:
+        """T − I of every block, (m, blocks, b, b), in the generator's dtype (float32 or wider)."""
+        with torch.autocast(self.generator.device.type, enabled=False):
+            g = _wide(self.generator)
+            if self.map == "givens":
+                D = givens(g)
+            else:
+                Q = skew(g, self.b)
+                if self.bound is not None:                                    # ‖Q‖_F ≤ bound, block by block
+                    norm = torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5
+                    Q = Q * (self.bound / norm.clamp(min=self.bound))
+                D = (cayley_neumann(Q, self.terms) if self.map == "cayley_neumann" else
+                     expm(Q) if self.map == "expm" else cayley(Q))
+            return D.to(torch.promote_types(self.generator.dtype, torch.float32))
+
+    def delta(self, z: Tensor) -> Tensor:
+        """z (T − I)ᵀ for rows z (…, r)."""
+        D = self.blocks().to(z.dtype)
+        if D.shape[0] == 1:
+            return self._stage(z, D[0], 0)
+        y = z
+        for s in reversed(range(D.shape[0])):                                 # z Tᵀ = z T_mᵀ … T_1ᵀ
+            y = y + self._stage(y, D[s], s)
+        return y - z
+
+    def _stage(self, z: Tensor, D: Tensor, s: int) -> Tensor:
+        """z (T_s − I)ᵀ: view z (…, r) as (…, blocks, b), multiply block by block, view back."""
+        if self.b == self.r:
+            return z @ D[0].mT
+        if s == 0:
+            return torch.einsum("...nb,ncb->...nc", z.unflatten(-1, (-1, self.b)),
+                                D.expand(self.r // self.b, -1, -1)).flatten(-2)
+        z = z.unflatten(-1, (-1, 2, 2 ** s, self.b // 2)).transpose(-3, -2)   # (…, groups, 2^s, 2, b/2)
+        y = torch.einsum("...nb,ncb->...nc", z.flatten(-2).flatten(-3, -2),
+                         D.expand(self.r // self.b, -1, -1))                  # (…, blocks, b)
+        return y.unflatten(-1, (2, -1)).unflatten(-3, (-1, 2 ** s)).transpose(-3, -2).flatten(-4)
+
+
+class Householder(nn.Module):
+    """T = H_1 H_2 … H_k, H_i = I − 2 u_i u_iᵀ / ‖u_i‖² (HRA, arXiv 2405.17484), in compact WY form.
+
+    With unit columns V = [v_1 … v_k]:  T = I − V S⁻¹ Vᵀ,  S = ½ I + strictly upper part of VᵀV  (k × k).
+    The u come in equal pairs at the start, so T = I; a pair (a, b) is carried as (a, b − a), which makes that
+    exact to the last bit. An odd k has det T = −1 and cannot start at the identity: refused.
+
+    Parameters: u (r, k), in pairs from a unit Gaussian.
+    """
+
+    def __init__(self, r: int, reflections: int = 8):
+        super().__init__()
+        k = reflections
+        if not isinstance(k, int) or k < 2 or k % 2:
+            raise ValueError(f"reflections={k}: must be even and ≥ 2, an odd product has determinant −1 and cannot "
+                             f"start at the identity; nearest: {_around(k, range(2, 4098, 2))}")
+        self.r = r
+        self.u = nn.Parameter(torch.randn(r, k // 2).repeat_interleave(2, dim=1))
+
+    def delta(self, z: Tensor) -> Tensor:
+        """z (T − I)ᵀ = −(z V) S⁻ᵀ Vᵀ for rows z (…, r)."""
+        with torch.autocast(self.u.device.type, enabled=False):
+            u = _wide(self.u)
+            v = u / torch.linalg.vector_norm(u, dim=0)
+            a, c = v[:, 0::2], v[:, 1::2] - v[:, 0::2]                        # b = a + c,  c = 0 at the start
+            V = torch.stack([a, c], -1).flatten(-2)                           # (r, k) = [a_1 c_1 a_2 c_2 …]
+            S = torch.triu(V.mT @ V, diagonal=1)
+            # S in this basis: the 2 × 2 diagonal blocks are [[½, ½ − h], [−½, h]] with h = ‖c‖²/2 = 1 − aᵀb
+            h = (c * c).sum(0) / 2
+            half = torch.full_like(h, 0.5)
+            block = torch.stack([torch.stack([half, half - h], -1), torch.stack([-half, h], -1)], -2)
+            pair = torch.arange(V.shape[1], device=V.device) // 2
+            S = torch.where(pair[:, None] == pair, torch.block_diag(*block), S)
+            K = torch.linalg.inv(S)
+            V, K = (t.to(torch.promote_types(self.u.dtype, torch.float32)) for t in (V, K))
+        V, K = V.to(z.dtype), K.to(z.dtype)
+        return -((z @ V) @ K.mT) @ V.mT
+
+
+def _make_transform(name: str, r: int, **options) -> nn.Module:
+    """The transform called `name`, of size r; `TRANSFORMS` has the names, `Skew` and `Householder` explain the options."""
+    if name not in TRANSFORMS:
+        raise ValueError(_unknown("transform", name, TRANSFORMS))
+    cls, defaults, allowed = TRANSFORMS[name]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"transform {name!r} has no option {key!r}; it has: {', '.join(allowed) or 'none'}")
+    options = {**defaults, **options}
+    if name == "givens" and "stages" not in options:                          # log2(r), or as many as divide r
+        options["stages"] = max(1, (r & -r).bit_length() - 1)
+    if name == "block" and "block_size" not in options:                       # 32, or the next smaller that divides r
+        options["block_size"] = max(b for b in range(1, 33) if r % b == 0)
+    if name == "butterfly" and "block_size" not in options:
+        fits = [b for b in range(2, 9, 2) if r % (b << options["stages"] - 1) == 0]
+        options["block_size"] = max(fits, default=8)
+    return cls(r, **options)
+
+
+TRANSFORMS = {  # name: (class, defaults, options a user may set)
+    "cayley": (Skew, dict(map="cayley"), ("bound",)),
+    "cayley_neumann": (Skew, dict(map="cayley_neumann", bound=0.9), ("terms", "bound")),
+    "expm": (Skew, dict(map="expm"), ("bound",)),
+    "block": (Skew, {}, ("block_size", "map", "terms", "bound", "share")),
+    "butterfly": (Skew, dict(stages=2), ("block_size", "stages", "map", "terms", "bound", "share")),
+    "givens": (Skew, dict(block_size=2, map="givens"), ("stages", "share")),
+    "householder": (Householder, {}, ("reflections",)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The rotation and the layer
+# ---------------------------------------------------------------------------------------------------------
+
+class Rotation(nn.Module):
+    """R = I + P (T − I) Pᵀ (d × d), orthogonal; as a module it maps rows x (…, d) to x Rᵀ.
+
+    Args:
+        d: dimension that is rotated (in_features for side="input", out_features for side="output").
+        support: P (d, r) with orthonormal columns, or None for all coordinates (P = I, r = d).
+        transform: a name in `TRANSFORMS`; its options follow by keyword.
+        scale: PSOFT's two vectors (arXiv 2505.11235, section 3.3): T becomes diag(β) T diag(α), no longer
+            orthogonal; both are ones at the start.
+        dtype: of the parameters; float32 or float64. P is kept in it.
+    Raises:
+        ValueError: P is not a finite (d, r) matrix with |PᵀP − I| ≤ 1e-5, or an option does not fit.
+    """
+
+    def __init__(self, d: int, support: Tensor | None = None, transform: str = "cayley", *, scale: bool = False,
+                 dtype: torch.dtype = torch.float32, **options):
+        super().__init__()
+        self.d, self.r = d, d if support is None else _check_support(support, d)
+        self.config = dict(d=d, transform=transform, scale=scale, **options)  # rebuilds this module, with P, at load
+        self.register_buffer("P", None if support is None else support.detach().to(dtype).clone())
+        self.transform = _make_transform(transform, self.r, **options).to(dtype)
+        self.alpha = nn.Parameter(torch.ones(self.r, dtype=dtype)) if scale else None
+        self.beta = nn.Parameter(torch.ones(self.r, dtype=dtype)) if scale else None
+
+    def _delta_in_support(self, z: Tensor) -> Tensor:
+        """z (T − I)ᵀ, (…, r) → (…, r); with scaling vectors, z (diag(β) T diag(α) − I)ᵀ."""
+        if self.alpha is None:
+            return self.transform.delta(z)
+        alpha, beta = self.alpha.to(z.dtype), self.beta.to(z.dtype)
+        return self.transform.delta(z * alpha) * beta + z * (alpha * beta - 1)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """x (Rᵀ − I) = x P (Tᵀ − I) Pᵀ for rows x (…, d). Autograd keeps z = x P (…, r), never x."""
+        if self.P is None:
+            return self._delta_in_support(x)
+        P = self.P.to(x.dtype)
+        return self._delta_in_support(x @ P) @ P.mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.delta(x)                                              # x Rᵀ
+
+    def matrix(self) -> Tensor:
+        """The dense R (d, d), in the parameters' dtype."""
+        eye = torch.eye(self.d, dtype=self.dtype, device=self.device)
+        return self(eye).mT                                                   # rows e_iᵀ Rᵀ are the columns of R
+
+    def rotate(self, W: Tensor, side: str) -> Tensor:
+        """W R = W + (W P)(T − I) Pᵀ (side="input"), or R W = W + P (T − I)(Pᵀ W) (side="output"); W (out, in)."""
+        D = self._delta_in_support(torch.eye(self.r, dtype=self.dtype, device=self.device)).mT   # T − I (r, r)
+        P, W = self.P, W.to(self.dtype)
+        if side == "output":
+            return W + (D @ W if P is None else P @ (D @ (P.mT @ W)))
+        return W + (W @ D if P is None else (W @ P) @ D @ P.mT)
+
+    @torch.no_grad()
+    def orthogonality_error(self) -> float:
+        """max |RᵀR − I| on the support, in float64: with D = T − I,  Pᵀ(RᵀR − I)P = D + Dᵀ + Dᵀ(PᵀP)D  (PᵀP ≈ I)."""
+        D = self._delta_in_support(torch.eye(self.r, dtype=self.dtype, device=self.device)).mT.double()
+        G = D if self.P is None else self.P.double().mT @ self.P.double() @ D
+        return (D + D.mT + D.mT @ G).abs().max().item()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def extra_repr(self) -> str:
+        return f"d={self.d}, r={self.r}, {self.config['transform']}"
+
+
+class LOFTLinear(nn.Module):
+    """A frozen linear layer, rotated: y = base(x Rᵀ) for side="input", y = base(x) Rᵀ (bias apart) for "output".
+
+    `base` is any module that is affine in its input and has in_features and out_features; side="input" never
+    looks at its weight. `weight` and `bias` read as those of the merged layer, so that code which takes the
+    weight and never calls forward (nn.MultiheadAttention's out_proj, say) still sees, and trains, the rotation.
+    """
+
+    def __init__(self, base: nn.Module, rotation: Rotation, side: str = "input", method: str = "loft"):
+        super().__init__()
+        if side not in SIDES:
+            raise ValueError(_unknown("side", side, SIDES))
+        d = base.in_features if side == "input" else base.out_features
+        if rotation.d != d:
+            raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
+        self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
+
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+    bias = property(lambda self: self.base.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rotated weight W0 R or R W0 (out, in), in W0's dtype, differentiable."""
+        W = self.base.weight
+        return self.rotation.rotate(W, self.side).to(W.dtype) if self.enabled else W
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x)
+        if self.side == "input":
+            return self.base(self.rotation(x))                                # y = (x Rᵀ) W0ᵀ + b
+        y, b = self.base(x), getattr(self.base, "bias", None)
+        return y + self.rotation.delta(y if b is None else y - b)             # y = (x W0ᵀ) Rᵀ + b
+
+    def extra_repr(self) -> str:
+        return f"side={self.side}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Functions of a model
+# ---------------------------------------------------------------------------------------------------------
+
+Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
+
+
+def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
+          support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
+          trainable: Targets = (), seed: int = 0, **options) -> nn.Module:
+    """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
+
+    Args:
+        targets: which layers. A regex (searched in the name), a list of names or of their last components, or a
+            callable (name, module) → bool. None: the keys of a support dict, else every linear layer but the
+            output head (see `target_layers`).
+        method: a name in `METHODS`, which sets the defaults of support, transform and options.
+        rank: r, one for all layers or {layer: r}; default 32 (a smaller layer: its dimension). With
+            support="all" it is the number of reflections of `householder` (default 8) and is refused otherwise.
+        support: "principal" (top singular vectors of W0), "minor", "random", "all" (every coordinate), an
+            orthonormal tensor (d, r), or {layer: tensor}, as `selectors.select` returns for a gradient-chosen one.
+        transform: a name in `TRANSFORMS`; `options` go to it (block_size, stages, bound, …) and to `Rotation` (scale).
+        side: "input" (W0 R) or "output" (R W0).
+        trainable: further parameters that stay trainable, in the grammar of `targets`, by parameter name.
+        seed: of random supports and of initial reflections.
+    Returns:
+        the model itself.
+    Raises:
+        ValueError, TypeError: naming the layer, the value and what is valid. The model is then as it was.
+    """
+    if method not in METHODS:
+        raise ValueError(_unknown("method", method, METHODS))
+    if side not in SIDES:
+        raise ValueError(_unknown("side", side, SIDES))
+    if adapted := [name for name, _ in layers(model)]:
+        raise ValueError(f"the model is already adapted ({adapted[0]} and {len(adapted) - 1} more); merge it first")
+    preset = METHODS[method]
+    support = preset["support"] if support is None else support
+    transform = transform or preset["transform"]
+    options = {**{k: v for k, v in preset.items() if k not in ("support", "transform")}, **options}
+    if isinstance(support, dict) and targets is None:
+        targets = list(support)
+    found = target_layers(model, targets)
+    keep = _matches([name for name, _ in model.named_parameters()], trainable)
+
+    wrapped = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, base in found.items():
+            d = base.in_features if side == "input" else base.out_features
+            try:
+                P, extra = _resolve_support(support, name, base, side, d, rank, transform)
+                weight = getattr(base, "weight", None)
+                floating = isinstance(weight, Tensor) and weight.is_floating_point()
+                dtype = torch.promote_types(weight.dtype, torch.float32) if floating else torch.float32
+                rotation = Rotation(d, P, transform, dtype=dtype, **{**options, **extra})
+                if not sum(p.numel() for p in rotation.parameters()):
+                    raise ValueError(f"a {rotation.r} × {rotation.r} {transform!r} has no parameters, so nothing would "
+                                     "train; use rank ≥ 2 (or a block_size ≥ 2)")
+                wrapped[name] = LOFTLinear(base, rotation.to(_device(base)), side, method).train(base.training)
+            except (ValueError, TypeError) as e:
+                raise type(e)(f"layer {name!r}: {e}") from None
+
+    for name, p in model.named_parameters():                                  # from here on nothing can fail
+        p.requires_grad_(name in keep)
+    _replace(model, {found[name]: layer for name, layer in wrapped.items()})
+    return model
+
+
+def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
+    """{name: linear layer} that `targets` means (see `adapt`); a layer used in two places counts once.
+
+    None is every linear layer but the output head: the model's get_output_embeddings() where it has one, and any
+    layer that shares its weight with an embedding or is called lm_head, head, classifier or score; where there is
+    none of these, the last linear layer.
+    """
+    linear = {n: m for n, m in model.named_modules()
+              if n and isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)
+              and not isinstance(m, LOFTLinear)}
+    if not linear:
+        raise ValueError("the model has no linear layer inside it (to adapt a bare layer, wrap it: loft.LOFTLinear)")
+    if targets is None:
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = {n for n, m in linear.items() if m is output or id(getattr(m, "weight", None)) in embeddings
+                 or n.rsplit(".", 1)[-1] in ("lm_head", "head", "classifier", "score")} or {list(linear)[-1]}
+        found = {n: m for n, m in linear.items() if n not in heads}
+        if not found:
+            raise ValueError(f"every linear layer is an output head ({', '.join(heads)}); name the targets")
+        return found
+    if callable(targets):
+        names = [n for n, m in linear.items() if targets(n, m)]
+    else:
+        names = _matches(list(linear), targets)
+    if not names:
+        shown = ", ".join(list(linear)[:8])
+        raise ValueError(f"targets={targets!r} match no linear layer; the model has {len(linear)}: {shown}, …")
+    return {n: linear[n] for n in names}
+
+
+def layers(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
+    """(name, layer) of every adapted layer."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LOFTLinear)]
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
+    found = layers(model)
+    if not found:
+        raise ValueError("the model is not adapted: call loft.adapt (or loft.load) first")
+    return found
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Folds every rotation into its weight, in place, and puts the plain layers back (still frozen). Returns the model.
+
+    Computed in float32 or wider, so it equals the adapted model to rounding in the weight's dtype. A weight that is
+    shared with another layer (a tied head) is not touched: the merged layer gets its own.
+    """
+    found = _adapted(model)
+    for name, layer in found:
+        if not (isinstance(getattr(layer.base, "weight", None), Tensor) and layer.base.weight.is_floating_point()):
+            raise ValueError(f"layer {name!r}: a {type(layer.base).__name__} has no floating weight to merge into; "
+                             "keep it adapted")
+    for _, layer in found:
+        was, layer.enabled = layer.enabled, True
+        weight = layer.weight
+        layer.enabled = was
+        layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
+    _replace(model, {layer: layer.base for _, layer in found})
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module):
+    """Inside `with loft.disabled(model):` the model is the one before adaptation."""
+    found = _adapted(model)
+    was = [layer.enabled for _, layer in found]
+    try:
+        for _, layer in found:
+            layer.enabled = False
+        yield model
+    finally:
+        for (_, layer), enabled in zip(found, was):
+            layer.enabled = enabled
+
+
+def orthogonality_error(model: nn.Module) -> dict[str, float]:
+    """{layer: max |RᵀR − I| on its support, in float64}."""
+    return {name: layer.rotation.orthogonality_error() for name, layer in _adapted(model)}
+
+
+def save(model: nn.Module, path) -> None:
+    """Writes the adapter (supports, generators, settings) and whatever else of the model is trainable to `path`.
+
+    Written beside `path` and then moved over it: an interrupted save leaves the older file. P itself is stored,
+    since a support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's,
+    followed by the SHA-256 of its bytes.
+    """
+    found = _adapted(model)
+    inside = {id(p) for _, layer in found for p in layer.rotation.parameters()}
+    payload = {
+        "format": "loft", "version": 1,
+        "layers": {name: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
+                              dtype=str(layer.rotation.dtype).removeprefix("torch."),
+                              state={k: v.cpu() for k, v in layer.rotation.state_dict().items()}) for name, layer in found},
+        "trainable": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside},
+    }
+    torch.save(payload, buffer := io.BytesIO())
+    path, data = os.fspath(path), buffer.getvalue()
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data + hashlib.sha256(data).digest())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(model: nn.Module, path) -> nn.Module:
+    """Puts the adapter at `path` on `model`: a plain model is adapted as the file says, an adapted one must agree.
+
+    Nothing is executed from the file (weights_only). Everything is checked before the model is touched.
+    Raises ValueError naming each layer, shape or setting that differs, or saying that the file is not an adapter.
+    """
+    path = os.fspath(path)
+    with open(path, "rb") as f:
+        data = f.read()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError(f"{path} is not a LOFT adapter file, or is damaged")
+    payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    if (payload.get("format"), payload.get("version")) != ("loft", 1):
+        raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
+
+    modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model))
+    wrong = [f"layer {n!r} is adapted in the model but not in the file" for n in adapted if n not in payload["layers"]]
+    new = {}
+    for name, spec in payload["layers"].items():
+        layer, side, d = modules.get(name), spec["side"], spec["config"]["d"]
+        has = getattr(layer, "in_features" if side == "input" else "out_features", None)
+        if layer is None:
+            wrong.append(f"layer {name!r} is not in the model")
+        elif adapted and name not in adapted:
+            wrong.append(f"layer {name!r} is adapted in the file but not in the model")
+        elif has != d:
+            wrong.append(f"layer {name!r} rotates {d} dimensions on the {side} side in the file, the model has {has}")
+        else:
+            options = {k: v for k, v in spec["config"].items() if k != "d"}
+            rotation = Rotation(d, spec["state"].get("P"), dtype=getattr(torch, spec["dtype"]), **options)
+            rotation.load_state_dict(spec["state"])
+            if adapted:
+                wrong += [f"layer {name!r}: {what} is {there!r} in the file, {here!r} in the model" for what, there, here in
+                          (("method", spec["method"], layer.method), ("side", side, layer.side),
+                           ("setting", spec["config"], layer.rotation.config), ("rank", rotation.r, layer.rotation.r))
+                          if there != here]
+                layer = layer.base
+            new[name] = LOFTLinear(layer, rotation.to(_device(layer)), side, spec["method"]).train(layer.training)
+    for name, value in payload["trainable"].items():
+        has = parameters[name].shape if name in parameters else None
+        if has != value.shape:
+            wrong.append(f"parameter {name!r} has shape {tuple(value.shape)} in the file, {has and tuple(has)} in the model")
+    if wrong:
+        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong))
+
+    if adapted:                                                               # in place: an optimizer may hold the parameters
+        for name, layer in new.items():
+            adapted[name].rotation.load_state_dict(layer.rotation.state_dict())
+    else:
+        model.requires_grad_(False)
+        _replace(model, {modules[name]: layer for name, layer in new.items()})
+    with torch.no_grad():
+        for name, value in payload["trainable"].items():
+            parameters[name].copy_(value).requires_grad_(True)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Supports from the weight alone, and small helpers
+# ---------------------------------------------------------------------------------------------------------
+
+def principal(W: Tensor, r: int) -> Tensor:
+    """Top r right singular vectors of W (out, in) → P (in, r), float32 or wider (PSOFT, arXiv 2505.11235).
+
+    Exact, but for large weights at a small rank (min(out, in) > 2048 and 8 r below it), where torch.svd_lowrank's
+    six subspace iterations are used. r above min(out, in) goes on into the null space.
+    """
+    W, short = W.detach().to(torch.promote_types(W.dtype, torch.float32)), min(W.shape)
+    if short > 2048 and 8 * r < short:
+        return torch.svd_lowrank(W, q=r + 16, niter=6)[2][:, :r].contiguous()
+    return torch.linalg.svd(W, full_matrices=r > short)[2][:r].mT.contiguous()
+
+
+def random(W: Tensor, r: int) -> Tensor:
+    """A uniformly random r-dimensional support of W (out, in) → P (in, r), from torch's generator."""
+    return torch.linalg.qr(torch.randn(W.shape[1], r, dtype=torch.promote_types(W.dtype, torch.float32)))[0].to(W.device)
+
+
+def _resolve_support(support, name: str, base: nn.Module, side: str, d: int, rank, transform: str) -> tuple[Tensor | None, dict]:
+    """The support of one layer, P (d, r) or None for all coordinates, and further options of its transform."""
+    for what, value in (("rank", rank), ("support", support)):
+        if isinstance(value, dict) and name not in value:
+            raise ValueError(f"no {what} for this layer in the dict given")
+    r = rank[name] if isinstance(rank, dict) else rank
+    support = support[name] if isinstance(support, dict) else support
+    if isinstance(r, bool) or not isinstance(r, int | None):
+        raise TypeError(f"rank={r!r} is not an int")
+    if isinstance(support, Tensor):
+        if r not in (None, support.shape[-1]):
+            raise ValueError(f"rank={r}, but the support given has {support.shape[-1]} columns")
+        return support, {}
+    if support == "all":
+        if r is not None and transform != "householder":
+            raise ValueError(f"rank={r} means nothing to a {transform!r} of all {d} coordinates; "
+                             "its size is set by its options (block_size, stages), or choose another support")
+        return None, {} if r is None else {"reflections": r}
+    r = min(32, d) if r is None else r
+    if not 1 <= r <= d:
+        raise ValueError(f"rank={r} must be between 1 and the dimension, {d}")
+    if support in ("principal", "minor", "random"):
+        if not isinstance(W := getattr(base, "weight", None), Tensor):
+            raise ValueError(f"a {type(base).__name__} has no weight tensor for support={support!r}; give a tensor")
+        if support == "minor":
+            choose = importlib.import_module(__name__ + ".selectors").minor
+        else:
+            choose = principal if support == "principal" else random
+        return choose(W if side == "input" else W.mT, r), {}
+    if support in ("coordinate", "activation", "gradient", "paired", "skew"):
+        raise ValueError(f"support={support!r} needs data: P = selectors.select(model, batches, loss_fn, rank, "
+                         f"kind={support!r}), then adapt(model, support=P)")
+    raise ValueError(_unknown("support", support, ("principal", "minor", "random", "all", "coordinate", "activation",
+                                                   "gradient", "paired", "skew")))
+
+
+def _check_support(P: Tensor, d: int) -> int:
+    """The rank of a valid support; otherwise a ValueError."""
+    if P.ndim != 2 or P.shape[0] != d or not 1 <= P.shape[1] <= d:
+        raise ValueError(f"the support has shape {tuple(P.shape)}, expected ({d}, r) with r ≤ {d}")
+    if not P.is_floating_point() or not P.isfinite().all():
+        raise ValueError(f"the support ({P.dtype}) has to be floating and finite")
+    P = P.double() if P.device.type != "mps" else P.float()
+    error = (P.mT @ P - torch.eye(P.shape[1], dtype=P.dtype, device=P.device)).abs().max().item()
+    if error > 1e-5:
+        raise ValueError(f"the support is not orthonormal: |PᵀP − I| = {error:.1e} > 1e-5; use torch.linalg.qr(P.float())[0]")
+    return P.shape[1]
+
+
+def _matches(names: list[str], wanted) -> list[str]:
+    """Names that a regex finds, a callable accepts, or a list means (by whole dotted components)."""
+    if isinstance(wanted, str):
+        try:
+            return [n for n in names if re.search(wanted, n)]
+        except re.error as e:
+            raise ValueError(f"{wanted!r} is not a regular expression: {e}") from None
+    wanted = list(wanted or ())
+    for w in wanted:
+        if not any(f".{w}." in f".{n}." for n in names):
+            raise ValueError(f"{w!r} is none of the model's names" + _nearest(w, names))
+    return [n for n in names if any(f".{w}." in f".{n}." for w in wanted)]
+
+
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Puts new[m] in every place where module m stands."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in new:
+                parent._modules[key] = new[child]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for group in (module.parameters(), module.buffers()) for t in group), torch.device("cpu"))
+
+
+def _nearest(value, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value), list(valid), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _unknown(what: str, value, valid: Iterable[str]) -> str:
+    return f"unknown {what} {value!r}{_nearest(value, valid)} Valid: {', '.join(valid)}"
+
+
+def _around(value, good: Iterable[int]) -> str:
+    """The valid numbers nearest to an invalid one, for an error message."""
+    value = value if isinstance(value, int) else 0
+    return ", ".join(map(str, sorted(sorted(good, key=lambda k: abs(k - value))[:3])))
