@@ -93,35 +93,31 @@ def expm(Q: Tensor) -> Tensor:
     return _polish(torch.linalg.matrix_exp(Q) - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
 
 
-def givens(angle: Tensor) -> Tensor:
-    """T − I for plane rotations by `angle` (…, 1), as (…, 2, 2): [[cos θ − 1, −sin θ], [sin θ, cos θ − 1]]."""
-    c, s = -2 * torch.sin(angle / 2) ** 2, torch.sin(angle)                   # cos θ − 1 = −2 sin²(θ/2)
-    return torch.stack([torch.cat([c, -s], -1), torch.cat([s, c], -1)], -2)
-
-
 def _polish(D: Tensor) -> Tensor:
-    """One Newton–Schulz step T ← T (I − ½(TᵀT − I)): huge generators lose digits in the solve, this restores TᵀT = I.
+    """Two Newton–Schulz steps T ← T (I − ½(TᵀT − I)): a huge generator costs the map digits, this restores TᵀT = I.
 
-    Its derivative along the orthogonal group is the identity, so autograd may pass it by.
+    Their derivative along the orthogonal group is the identity, so autograd may pass them by.
     """
     with torch.no_grad():
-        E = D + D.mT + D.mT @ D                                               # TᵀT − I, written in D = T − I
-        correction = (D @ E + E) / 2
-    return D - correction
+        X = D
+        for _ in range(2):
+            E = X + X.mT + X.mT @ X                                           # TᵀT − I, written in X = T − I
+            X = X - (E + X @ E) / 2
+    return D + (X - D).detach()
 
 
 class Skew(nn.Module):
     """T = T_1 T_2 … T_m, each stage block-diagonal: blocks (b × b) that are a map of a learned skew generator.
 
     One class says five transforms: `cayley`, `cayley_neumann` and `expm` are one stage with one block of size r;
-    `block` (OFT) is one stage of r/b blocks; `butterfly` (BOFT) and `givens` (GOFT) are m stages, where stage s
-    joins half-blocks that lie 2^s half-blocks apart.
+    `block` (OFT) is one stage of r/b blocks; `butterfly` (BOFT) is m stages, where stage s joins half-blocks that
+    lie 2^s half-blocks apart.
 
     Args:
         r: size of T.
         block_size: b, a divisor of r (default: r).
         stages: m; stage s needs b·2^s to divide r.
-        map: "cayley", "cayley_neumann", "expm" or "givens" (b = 2, generator = angle).
+        map: "cayley", "cayley_neumann" or "expm".
         terms: matrices in the Cayley–Neumann series (5 in OFTv2).
         bound: Frobenius bound on each block's Q, which is scaled back when longer (COFT's ε; OFTv2's norm bound).
         share: one generator for all blocks of a stage (OFT's block sharing).
@@ -150,15 +146,12 @@ class Skew(nn.Module):
         """T − I of every block, (m, blocks, b, b), in the generator's dtype (float32 or wider)."""
         with torch.autocast(self.generator.device.type, enabled=False):
             g = _wide(self.generator)
-            if self.map == "givens":
-                D = givens(g)
-            else:
-                Q = skew(g, self.b)
-                if self.bound is not None:                                    # ‖Q‖_F ≤ bound, block by block
-                    norm = torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5
-                    Q = Q * (self.bound / norm.clamp(min=self.bound))
-                D = (cayley_neumann(Q, self.terms) if self.map == "cayley_neumann" else
-                     expm(Q) if self.map == "expm" else cayley(Q))
+            Q = skew(g, self.b)
+            if self.bound is not None:                                        # ‖Q‖_F ≤ bound, block by block
+                norm = torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5
+                Q = Q * (self.bound / norm.clamp(min=self.bound))
+            D = (cayley_neumann(Q, self.terms) if self.map == "cayley_neumann" else
+                 expm(Q) if self.map == "expm" else cayley(Q))
             return D.to(torch.promote_types(self.generator.dtype, torch.float32))
 
     def delta(self, z: Tensor) -> Tensor:
@@ -182,6 +175,41 @@ class Skew(nn.Module):
         y = torch.einsum("...nb,ncb->...nc", z.flatten(-2).flatten(-3, -2),
                          D.expand(self.r // self.b, -1, -1))                  # (…, blocks, b)
         return y.unflatten(-1, (2, -1)).unflatten(-3, (-1, 2 ** s)).transpose(-3, -2).flatten(-4)
+
+
+class Givens(nn.Module):
+    """GOFT's tree of r − 1 plane rotations in ⌈log2 r⌉ stages (arXiv 2404.04316, eqs. 3 and 4), for any r.
+
+    Stage s takes every 2^s-th coordinate and rotates them pair by pair: row pairs (a, b) ↦ (a, b) G with
+    G = [[cos θ, −sin θ], [sin θ, cos θ]]; Tᵀ = P_1 P_2 … in the paper's letters. With relaxed=True (qGOFT, eq. 5)
+    each G is any 2 × 2 matrix, no longer orthogonal unless `regularizer` holds it there.
+
+    Parameters: generator (r − 1, 1), the angles, or (r − 1, 4), the entries of G − I. Zero at the start.
+    """
+
+    def __init__(self, r: int, relaxed: bool = False):
+        super().__init__()
+        self.r, self.relaxed = r, relaxed
+        self.generator = nn.Parameter(torch.zeros(r - 1, 4 if relaxed else 1))
+
+    def blocks(self) -> Tensor:
+        """G − I of every pair, (r − 1, 2, 2), finest stage first."""
+        g = self.generator.to(torch.promote_types(self.generator.dtype, torch.float32))
+        if not self.relaxed:
+            c, s = -2 * torch.sin(g / 2) ** 2, torch.sin(g)                   # cos θ − 1 = −2 sin²(θ/2)
+            g = torch.cat([c, -s, s, c], -1)
+        return g.unflatten(-1, (2, 2))
+
+    def delta(self, z: Tensor) -> Tensor:
+        """z (T − I)ᵀ for rows z (…, r)."""
+        D, y, start, step = self.blocks().to(z.dtype), z, 0, 1
+        while step < self.r:
+            index = torch.arange(0, self.r, step, device=z.device)
+            n = len(index) // 2                                               # an odd one out waits for the next stage
+            pairs = y[..., index[:2 * n]].unflatten(-1, (n, 2))
+            change = torch.einsum("...nb,nbc->...nc", pairs, D[start:start + n])
+            y, start, step = y.index_add(-1, index[:2 * n], change.flatten(-2)), start + n, 2 * step
+        return y - z
 
 
 class Householder(nn.Module):
@@ -224,7 +252,7 @@ class Householder(nn.Module):
 
 
 def _make_transform(name: str, r: int, **options) -> nn.Module:
-    """The transform called `name`, of size r; `TRANSFORMS` has the names, `Skew` and `Householder` explain the options."""
+    """The transform called `name`, of size r; `TRANSFORMS` has the names, the classes explain the options."""
     if name not in TRANSFORMS:
         raise ValueError(_unknown("transform", name, TRANSFORMS))
     cls, defaults, allowed = TRANSFORMS[name]
@@ -232,8 +260,6 @@ def _make_transform(name: str, r: int, **options) -> nn.Module:
         if key not in allowed:
             raise ValueError(f"transform {name!r} has no option {key!r}; it has: {', '.join(allowed) or 'none'}")
     options = {**defaults, **options}
-    if name == "givens" and "stages" not in options:                          # log2(r), or as many as divide r
-        options["stages"] = max(1, (r & -r).bit_length() - 1)
     if name == "block" and "block_size" not in options:                       # 32, or the next smaller that divides r
         options["block_size"] = max(b for b in range(1, 33) if r % b == 0)
     if name == "butterfly" and "block_size" not in options:
@@ -248,7 +274,7 @@ TRANSFORMS = {  # name: (class, defaults, options a user may set)
     "expm": (Skew, dict(map="expm"), ("bound",)),
     "block": (Skew, {}, ("block_size", "map", "terms", "bound", "share")),
     "butterfly": (Skew, dict(stages=2), ("block_size", "stages", "map", "terms", "bound", "share")),
-    "givens": (Skew, dict(block_size=2, map="givens"), ("stages", "share")),
+    "givens": (Givens, {}, ("relaxed",)),
     "householder": (Householder, {}, ("reflections",)),
 }
 

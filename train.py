@@ -44,7 +44,7 @@ RATES = {"full": 1e-3}
 # ---------------------------------------------------------------------------------------------------------
 
 def library() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Prose {train, val} and code {train, tune, val}. Files are split by name, and prose never quotes a tune or val file."""
+    """Prose {train, val} and code {train, tune, val}. Files are split by name; docstrings follow their file."""
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_paths()["stdlib"])
     prose, code = {"train": [], "val": []}, {"train": [], "tune": [], "val": []}
@@ -61,10 +61,10 @@ def library() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             continue
         part = ("val", "tune", *["train"] * 8)[zlib.crc32(file.relative_to(root).as_posix().encode()) % 10]
         code[part].append(source)
-        if part == "train":
+        if part != "tune":
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
             docs = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, documented)]
-            prose["train"].append("\n\n".join(d for d in docs if d))
+            prose[part].append("\n\n".join(d for d in docs if d))
     return tuple({k: torch.frombuffer(bytearray("\n\n".join(v).encode()), dtype=torch.uint8) for k, v in split.items()}
                  for split in (prose, code))
 

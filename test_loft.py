@@ -1,0 +1,600 @@
+"""What LOFT promises, as properties. Read top to bottom: the rotation, the layer, the model, the supports, the files.
+
+    python -m pytest                                   # or pytest; peft and transformers are used where installed
+"""
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+import loft
+from loft import selectors
+
+HERE = Path(__file__).parent
+settings.register_profile("loft", max_examples=40, deadline=None, derandomize=True)
+settings.load_profile("loft")
+
+ORTHOGONAL = [t for t in loft.TRANSFORMS if t != "cayley_neumann"]             # its error is stated apart
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}                       # promised orthogonality
+dtypes, sides = st.sampled_from([torch.float64, torch.float32]), st.sampled_from(loft.SIDES)
+seeds = st.integers(0, 2 ** 20)
+
+
+def orthonormal(d, r, dtype=torch.float64):
+    return torch.linalg.qr(torch.randn(d, r, dtype=torch.float64))[0].to(dtype)
+
+
+def stir(module, scale=0.3):
+    """Moves every trainable parameter, so that nothing is at its special starting point."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * scale)
+    return module
+
+
+def rotation(d, r, transform="cayley", dtype=torch.float64, scale=0.3, **options):
+    return stir(loft.Rotation(d, orthonormal(d, r, dtype), transform, dtype=dtype, **options), scale)
+
+
+def network(dtype=torch.float32):
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16, bias=False), nn.Tanh(), nn.Linear(16, 3)).to(dtype)
+
+
+def data(dtype=torch.float32, n=32):
+    return torch.randn(n, 12, dtype=dtype), torch.randint(0, 3, (n,))
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+# ------------------------------------------------------------------------------------ 1. the rotation R
+
+@pytest.mark.parametrize("transform", ORTHOGONAL)
+@given(r=st.integers(1, 128), exponent=st.integers(-12, 8), dtype=dtypes, seed=seeds)
+def test_R_is_orthogonal_for_tiny_and_huge_generators(transform, r, exponent, dtype, seed):
+    """max |RᵀR − I| ≤ 1e-12 in float64 and ≤ 1e-5 in float32, at every rank, whatever the optimizer did to the generator."""
+    torch.manual_seed(seed)
+    if transform == "butterfly":
+        r = 4 * max(1, r // 4)                                                # two stages of pairs of blocks
+    options = {"block_size": 2} if transform == "butterfly" else {}
+    R = rotation(r + seed % 5, r, transform, dtype, scale=10.0 ** exponent, **options)
+    assert R.orthogonality_error() <= TOLERANCE[dtype]
+    if dtype == torch.float64:                                                # and the measure itself is true
+        dense = R.matrix()
+        assert (dense.mT @ dense - torch.eye(R.d)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("r", [256, 512])
+@pytest.mark.parametrize("exponent", [-8, 0, 6])
+def test_R_is_orthogonal_at_large_rank(r, exponent):
+    for dtype in TOLERANCE:
+        assert rotation(r, r, dtype=dtype, scale=10.0 ** exponent).orthogonality_error() <= TOLERANCE[dtype]
+
+
+@given(d=st.integers(2, 40), seed=seeds, transform=st.sampled_from(["cayley", "expm", "householder"]))
+def test_R_keeps_norms_and_is_the_identity_off_the_support(d, seed, transform):
+    torch.manual_seed(seed)
+    r = 1 + seed % d
+    R = rotation(d, r, transform, scale=2.0)
+    x = torch.randn(7, d, dtype=torch.float64)
+    torch.testing.assert_close(R(x).norm(dim=1), x.norm(dim=1), atol=1e-12, rtol=1e-12)
+    off = x - x @ R.P @ R.P.mT
+    torch.testing.assert_close(R(off), off, atol=1e-12, rtol=0)
+    torch.testing.assert_close(R(x), x @ R.matrix().mT, atol=1e-12, rtol=0)   # as a module it is x ↦ x Rᵀ
+
+
+@given(r=st.integers(2, 24), seed=seeds)
+def test_cayley_is_the_formula_of_the_papers(r, seed):
+    """T = (I + Q)(I − Q)⁻¹, and R = I + P (T − I) Pᵀ."""
+    torch.manual_seed(seed)
+    R = rotation(r + 3, r, scale=1.0)
+    Q = torch.zeros(r, r, dtype=torch.float64)
+    for q, (i, j) in zip(R.transform.generator.flatten(), [(i, j) for i in range(r) for j in range(i + 1, r)]):
+        Q[i, j], Q[j, i] = q.item(), -q.item()
+    eye, P = torch.eye(r, dtype=torch.float64), R.P
+    T = (eye + Q) @ torch.linalg.inv(eye - Q)
+    torch.testing.assert_close(R.matrix(), torch.eye(r + 3).double() + P @ (T - eye) @ P.mT, atol=1e-10, rtol=0)
+
+
+def test_cayley_neumann_says_its_error():
+    """OFTv2's series is orthogonal only to O(‖Q‖^(terms−1)): measured, falling with more terms, and bounded by `bound`."""
+    torch.manual_seed(0)
+    errors = [rotation(16, 16, "cayley_neumann", scale=0.02, bound=None, terms=t).orthogonality_error() for t in (3, 5, 9)]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    assert rotation(16, 16, "cayley_neumann", scale=1e6).orthogonality_error() < 1.0    # bound=0.9 by default
+
+
+# ------------------------------------------------------------------------------------ 2. the layer
+
+@given(out=st.integers(1, 24), d=st.integers(1, 24), side=sides, seed=seeds)
+def test_geometry_of_the_rotated_weight(out, d, side, seed):
+    """Singular values stay; on the input side so does the Gram matrix W Wᵀ, on the output side WᵀW."""
+    torch.manual_seed(seed)
+    base = nn.Linear(d, out).double()
+    rotated = d if side == "input" else out
+    layer = loft.LOFTLinear(base, rotation(rotated, 1 + seed % rotated, scale=2.0), side)
+    W0, W = base.weight, layer.weight
+    torch.testing.assert_close(torch.linalg.svdvals(W), torch.linalg.svdvals(W0), atol=1e-12, rtol=1e-12)
+    gram = (lambda M: M @ M.mT) if side == "input" else (lambda M: M.mT @ M)
+    torch.testing.assert_close(gram(W), gram(W0), atol=1e-12, rtol=1e-12)
+
+
+@given(out=st.integers(1, 12), d=st.integers(2, 12), side=sides, bias=st.booleans(), scale=st.booleans(), seed=seeds)
+def test_values_and_gradients_against_a_dense_reference(out, d, side, bias, scale, seed):
+    """Output, ∂L/∂x and ∂L/∂generator equal those of x (W0 R)ᵀ + b (or x (R W0)ᵀ + b) with R built densely, to 1e-10."""
+    torch.manual_seed(seed)
+    base = nn.Linear(d, out, bias=bias).double().requires_grad_(False)
+    n = d if side == "input" else out
+    layer = loft.LOFTLinear(base, rotation(n, 1 + seed % n, scale=0.7, **{"scale": scale} if False else {}), side)
+    generator, P, r = layer.rotation.transform.generator, layer.rotation.P, layer.rotation.r
+    x, g = torch.randn(5, d, dtype=torch.float64, requires_grad=True), torch.randn(5, out, dtype=torch.float64)
+
+    eye, (i, j) = torch.eye(r, dtype=torch.float64), torch.triu_indices(r, r, 1)
+    Q = torch.zeros(r, r, dtype=torch.float64).index_put((i, j), generator.flatten())
+    Q = Q - Q.mT
+    R = torch.eye(n, dtype=torch.float64) + P @ ((eye + Q) @ torch.linalg.inv(eye - Q) - eye) @ P.mT
+    dense = F.linear(x, base.weight @ R if side == "input" else R @ base.weight, base.bias)
+
+    torch.testing.assert_close(layer(x), dense, atol=1e-10, rtol=0)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), (x, generator), g), torch.autograd.grad(dense, (x, generator), g)):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def test_autograd_keeps_z_and_nothing_else():
+    """Beyond what the frozen layer keeps: z = xP (n × r), and r × r pieces of T. Not x, not the rotated x."""
+    n, d, r = 512, 256, 8
+    base = nn.Linear(d, d).requires_grad_(False)
+    layer = loft.LOFTLinear(base, loft.Rotation(d, orthonormal(d, r, torch.float32)))
+    x, kept = torch.randn(n, d, requires_grad=True), {}
+    fixed = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is not None and t, lambda t: t):
+        layer(x)
+    kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in fixed)
+    assert 4 * n * r <= kept <= 4 * 1.1 * n * r + 8 * 10 * r * r
+
+
+# ------------------------------------------------------------------------------------ 3. the model
+
+@pytest.mark.parametrize("method", loft.METHODS)
+@pytest.mark.parametrize("side", loft.SIDES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fresh_adapters_change_no_bit_and_merge_changes_nothing_but_rounding(method, side, dtype):
+    torch.manual_seed(1)
+    model, (x, _) = network(dtype), data(dtype)
+    before = model(x)
+    loft.adapt(model, method=method, side=side)
+    assert torch.equal(model(x), before)
+    stir(model)
+    adapted = model(x)
+    assert not torch.equal(adapted, before)
+    with loft.disabled(model):
+        assert torch.equal(model(x), before)
+    loft.merge(model)
+    assert [type(m) for m in model] == [type(m) for m in network()]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(model(x), adapted, atol=tolerance, rtol=0)
+
+
+def test_only_the_adapter_and_what_the_user_keeps_trains():
+    model, batch = network(), data()
+    loft.adapt(model, rank=4, trainable=["4.bias"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "0.rotation.transform.generator", "2.rotation.transform.generator", "4.bias"}
+    cross_entropy(model, batch).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert isinstance(model[4], nn.Linear)                                    # the output head is left alone
+
+
+@pytest.mark.parametrize("targets, expected", [
+    (None, ["0", "2"]), ("^[04]$", ["0", "4"]), (["2"], ["2"]), (lambda name, m: m.in_features == 12, ["0"])])
+def test_targets(targets, expected):
+    assert list(loft.target_layers(network(), targets)) == expected
+    assert list(selectors._target_layers(network(), targets)) == expected     # the twin in selectors.py
+
+
+def test_tied_and_shared_layers():
+    """A weight shared with an embedding keeps the embedding as it was; one layer in two places stays one layer."""
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.body = nn.Embedding(10, 8), nn.Linear(8, 8)
+            self.again, self.out = self.body, nn.Linear(8, 10, bias=False)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.out(self.again(torch.tanh(self.body(self.embedding(tokens)))))
+
+    model, tokens = Tied(), torch.arange(10)
+    assert list(loft.target_layers(model)) == ["body"]                        # the tied layer is the output head
+    loft.adapt(model, ["body", "out"], rank=4)
+    stir(model)
+    assert model.again is model.body
+    embedding, adapted = model.embedding.weight.clone(), model(tokens)
+    loft.merge(model)
+    assert model.again is model.body and torch.equal(model.embedding.weight, embedding)
+    torch.testing.assert_close(model(tokens), adapted)
+
+
+def test_a_module_that_reads_weight_directly_is_not_bypassed():
+    """nn.MultiheadAttention never calls out_proj.forward; it reads out_proj.weight, and sees the rotated one."""
+    torch.manual_seed(0)
+    attention, x = nn.MultiheadAttention(16, 4, batch_first=True).eval(), torch.randn(2, 5, 16)
+    before = attention(x, x, x)[0]
+    loft.adapt(attention, "out_proj", rank=8)
+    stir(attention)
+    adapted = attention(x, x, x)[0]
+    assert (adapted - before).abs().max() > 1e-3
+    adapted.sum().backward()
+    assert attention.out_proj.rotation.transform.generator.grad.abs().sum() > 0
+    torch.testing.assert_close(loft.merge(attention)(x, x, x)[0], adapted)
+
+
+def test_copies_and_dtypes():
+    model, (x, _) = stir(loft.adapt(network(), rank=4)), data()
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert model.bfloat16()(x.bfloat16()).isfinite().all()
+
+
+def test_real_transformer_from_transformers():
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    model.eval()
+    tokens = torch.randint(0, 64, (2, 16))
+    lm_loss = lambda model, tokens: model(input_ids=tokens, labels=tokens).loss
+    before = model(tokens).logits
+    supports = selectors.select(model, [tokens], lm_loss, rank=8)
+    assert len(supports) == 14 and not any("lm_head" in name for name in supports)
+    loft.adapt(model, support=supports)
+    assert torch.equal(model(tokens).logits, before)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(lm_loss(model, tokens))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapted = model(tokens).logits
+    torch.testing.assert_close(loft.merge(model)(tokens).logits, adapted, atol=1e-5, rtol=1e-5)
+
+
+BAD_SUPPORT = torch.ones(12, 4)
+BAD = [  # what adapt is given, what the error must say
+    (dict(method="lfot"), "unknown method 'lfot'; did you mean 'loft'"),
+    (dict(transform="caley"), "unknown transform 'caley'; did you mean 'cayley'"),
+    (dict(support="pricipal"), "unknown support 'pricipal'; did you mean 'principal'"),
+    (dict(side="left"), "unknown side 'left'"),
+    (dict(support="skew"), "selectors.select"),
+    (dict(rank=0), "layer '0': rank=0 must be between 1 and the dimension, 12"),
+    (dict(rank=13), "layer '0': rank=13"),
+    (dict(rank=-2), "rank=-2"),
+    (dict(rank=2.0), "rank=2.0 is not an int"),
+    (dict(rank=1), "layer '0': a 1 × 1 'cayley' has no parameters"),
+    (dict(rank={"0": 4}), "layer '2': no rank"),
+    (dict(targets="attention"), "match no linear layer"),
+    (dict(targets=["0", "two"]), "'two' is none of the model's names"),
+    (dict(targets="("), "not a regular expression"),
+    (dict(targets="0", support=BAD_SUPPORT), "layer '0': the support is not orthonormal"),
+    (dict(targets="0", support=BAD_SUPPORT[:5]), r"layer '0': the support has shape \(5, 4\), expected \(12, r\)"),
+    (dict(targets="0", support=BAD_SUPPORT * math.nan), "finite"),
+    (dict(targets="0", support=BAD_SUPPORT.long()), "floating"),
+    (dict(targets="0", support=torch.eye(12)[:, :4], rank=5), "4 columns"),
+    (dict(block_size=4), "no option 'block_size'"),
+    (dict(method="oft", rank=4), "rank=4 means nothing"),
+    (dict(method="oft", block_size=5), "layer '0': block_size=5 does not divide 12; nearest that do: 3, 4, 6"),
+    (dict(method="boft", block_size=4, stages=3), "layer '0': stages=3"),
+    (dict(method="hra", rank=3), "layer '0': reflections=3: must be even"),
+    (dict(trainable=["nothing"]), "'nothing' is none of"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_refused_by_name_and_leaves_the_model_alone(arguments, message):
+    model = network()
+    model[0].weight.requires_grad_(False)
+    before = [(n, p, p.requires_grad) for n, p in model.named_parameters()]
+    with pytest.raises((ValueError, TypeError), match=message):
+        loft.adapt(model, **arguments)
+    assert all(a is b and a.requires_grad == flag for (_, a, flag), b in zip(before, model.parameters()))
+    assert not loft.layers(model)
+
+
+def test_adapt_twice_and_functions_on_a_plain_model():
+    with pytest.raises(ValueError, match="already adapted"):
+        loft.adapt(loft.adapt(network()))
+    for f in (loft.merge, loft.orthogonality_error, lambda m: loft.save(m, "x"), lambda m: loft.disabled(m).__enter__()):
+        with pytest.raises(ValueError, match="not adapted"):
+            f(network())
+
+
+# ------------------------------------------------------------------------------------ 4. the supports
+
+def problem(out, d, seed):
+    """A weight, a loss of it that is not linear, and the gradient, all float64."""
+    torch.manual_seed(seed)
+    W, x, t = torch.randn(out, d).double(), torch.randn(20, d).double(), torch.randn(20, out).double()
+    loss = lambda W: ((x @ W.mT).tanh() - t).square().mean()
+    return W, loss, torch.func.grad(loss)(W)
+
+
+def supports(W, G, r):
+    """Every support that does not need inputs, on one (W, G); minor where it exists."""
+    generator = torch.Generator().manual_seed(r)
+    found = {"random": selectors.random(W, r, generator), "coordinate": selectors.coordinate(W, G, r),
+             "principal": selectors.principal(W, r), "gradient": selectors.gradient(W, G, r),
+             "paired": selectors.paired(W, G, r), "skew": selectors.skew(W, G, r)}
+    return found | ({"minor": selectors.minor(W, r)} if r <= min(W.shape) else {})
+
+
+@given(out=st.integers(1, 16), d=st.integers(2, 16), seed=seeds)
+def test_the_score_is_the_steepest_first_order_decrease(out, d, seed):
+    """For R = exp(P A Pᵀ), A skew: dL = ⟨PᵀSP, A⟩, so the best unit A gives −‖PᵀSP‖_F. Against finite differences."""
+    W, loss, G = problem(out, d, seed)
+    r = 1 + seed % d
+    for P in supports(W, G, r).values():
+        S = (W.mT @ G - G.mT @ W) / 2
+        A, score, h = -P.mT @ S @ P, selectors.score(W, G, P), 1e-5
+        if score < 1e-6:
+            continue
+        step = lambda e: loss(W @ torch.linalg.matrix_exp(P @ (e * A / A.norm()) @ P.mT))
+        assert (step(h) - step(-h)).item() / (2 * h) == pytest.approx(-score, rel=1e-4, abs=1e-7)
+
+
+@given(out=st.integers(1, 20), d=st.integers(2, 20), seed=seeds, side=sides)
+def test_skew_is_the_best_support(out, d, seed, side):
+    """Even r: ‖PᵀSP‖_F² = 2 Σ_{j ≤ r/2} σ_j² for the skew support, and no other support exceeds it (Poincaré separation)."""
+    W, _, G = problem(out, d, seed)
+    if side == "output":
+        W, G, d = W.mT, G.mT, out
+    r = min(2 * (1 + seed % 10), d - d % 2)
+    if not r:
+        return
+    sigma = torch.linalg.svdvals((W.mT @ G - G.mT @ W) / 2)[::2]
+    best = selectors.score(W, G, selectors.skew(W, G, r))
+    assert best == pytest.approx(math.sqrt(2 * sigma[:r // 2].square().sum()), rel=1e-9, abs=1e-12)
+    for P in supports(W, G, r).values():
+        torch.testing.assert_close(P.mT @ P, torch.eye(r).double(), atol=1e-10, rtol=0)
+        assert selectors.score(W, G, P) <= best * (1 + 1e-9) + 1e-12
+
+
+def test_the_rank_one_trap():
+    """G = σ u vᵀ: the gradient's right singular vectors hold v, miss W0ᵀu, and score 0; span{v, W0ᵀu} is the optimum."""
+    torch.manual_seed(0)
+    W, u, v = torch.randn(9, 14).double(), torch.randn(9, 1).double(), torch.randn(14, 1).double()
+    G = 3 * u @ v.mT
+    score = lambda P: selectors.score(W, G, P)
+    best = score(selectors.skew(W, G, 2))
+    assert score(selectors.gradient(W, G, 1)) < 1e-12
+    assert score(selectors.paired(W, G, 2)) == pytest.approx(best, rel=1e-12) and best > 1
+    assert all(score(P) <= best + 1e-12 for P in supports(W, G, 2).values())
+
+
+@given(planes=st.integers(1, 4), r=st.integers(1, 8), seed=seeds)
+def test_equal_sigmas_do_not_tear_planes_apart(planes, r, seed):
+    """S with one σ of high multiplicity, and zeros: the basis still holds whole planes."""
+    torch.manual_seed(seed)
+    J, d = torch.tensor([[0., 2.], [-2., 0.]]).double(), 9
+    U = orthonormal(d, 2 * planes)
+    S = U @ torch.block_diag(*[J] * planes) @ U.mT
+    P, sigma = selectors.planes(S, r)
+    torch.testing.assert_close(P.mT @ P, torch.eye(r).double(), atol=1e-10, rtol=0)
+    torch.testing.assert_close((P.mT @ S @ P).norm(), torch.tensor(math.sqrt(8 * min(planes, r // 2))).double())
+    torch.testing.assert_close(sigma, torch.tensor([2.0] * planes + [0.0] * (4 - planes)).double())
+
+
+def test_skew_of_a_large_layer_by_thin_products():
+    """Above in = 1024, S is never formed: subspace iteration reaches 99 % of the optimal score on a decaying spectrum."""
+    torch.manual_seed(0)
+    d, r = 1100, 16
+    decay = torch.arange(1, 65.).pow(-1.0)
+    W, G = torch.randn(80, d), (torch.randn(80, 64) * decay) @ torch.randn(64, d)
+    M = W.mT @ G
+    best = math.sqrt(torch.linalg.svdvals((M - M.mT) / 2)[:r].square().sum())
+    assert 0.99 * best <= selectors.score(W, G, selectors.skew(W, G, r)) <= best * 1.0001
+
+
+@pytest.mark.parametrize("side", loft.SIDES)
+@pytest.mark.parametrize("kind", selectors.KINDS)
+def test_select_is_the_pure_function_on_the_true_gradient(kind, side):
+    """Streaming over batches from a generator, weights frozen: the same support as from autograd's dense gradient."""
+    torch.manual_seed(0)
+    model = network(torch.float64)
+    batches = [data(torch.float64) for _ in range(3)]
+    sum(cross_entropy(model, b) for b in batches).backward()
+    gradients = {n: model.get_submodule(n).weight.grad for n in ("0", "2")}
+    model.zero_grad()
+    model.requires_grad_(False)
+    model.train()
+    found = selectors.select(model, (b for b in batches), cross_entropy, 6, kind, side=side)
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all(m.training and not m._forward_hooks for m in model.modules())
+    for name, G in gradients.items():
+        W = model.get_submodule(name).weight
+        if side == "output":
+            W, G = W.mT, G.mT
+        if kind in ("coordinate", "gradient", "paired", "skew"):
+            expected = getattr(selectors, kind)(W, G, 6)
+            torch.testing.assert_close(found[name] @ found[name].mT, expected @ expected.mT, atol=1e-8, rtol=0)
+    loft.adapt(model, support=found, side=side)
+    assert list(dict(loft.layers(model))) == ["0", "2"]
+
+
+def test_activation_support_is_the_pca_of_the_inputs():
+    torch.manual_seed(0)
+    model, (x, y) = network(torch.float64), data(torch.float64)
+    P = selectors.select(model, [(x[:16], y[:16]), (x[16:], y[16:])], cross_entropy, 5, "activation")["0"]
+    V = torch.linalg.svd(x)[2][:5].mT
+    torch.testing.assert_close(P @ P.mT, V @ V.mT, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("batches, loss, message", [
+    ([], cross_entropy, "batches is empty"),
+    ([data()], lambda m, b: m(b[0]), "expected a scalar"),
+    ([data()], lambda m, b: torch.tensor(1.0), "does not depend on any target layer"),
+    ([data()], lambda m, b: cross_entropy(m, b) * math.inf, "loss of calibration batch 1 is inf"),
+    ([data()], lambda m, b: m[0](b[0]).sum(), "no gradient reached 2"),
+])
+def test_select_refuses_by_name_and_cleans_up(batches, loss, message):
+    model = network()
+    with pytest.raises(ValueError, match=message):
+        selectors.select(model, batches, loss, 4)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(m.training and not m._forward_hooks for m in model.modules())
+
+
+# ------------------------------------------------------------------------------------ 5. the files
+
+@pytest.mark.parametrize("method", loft.METHODS)
+@pytest.mark.parametrize("side", loft.SIDES)
+def test_save_and_load_round_trip(method, side, tmp_path):
+    """To the last bit, onto a plain model and onto an adapted one; what else was trained comes along."""
+    torch.manual_seed(0)
+    base, (x, _) = network(), data()
+    model = stir(loft.adapt(copy.deepcopy(base), method=method, side=side, trainable=["4"]))
+    loft.save(model, tmp_path / "a.pt")
+    plain = loft.load(copy.deepcopy(base), tmp_path / "a.pt")
+    adapted = loft.load(loft.adapt(copy.deepcopy(base), method=method, side=side, seed=5), tmp_path / "a.pt")
+    assert torch.equal(plain(x), model(x)) and torch.equal(adapted(x), model(x))
+    assert {n for n, p in plain.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_load_says_what_differs_and_touches_nothing(tmp_path):
+    path = tmp_path / "a.pt"
+    loft.save(loft.adapt(network(), rank=4), path)
+    other = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(21, 16), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match="layer '2' rotates 20 dimensions on the input side in the file, the model has 21"):
+        loft.load(other, path)
+    with pytest.raises(ValueError, match="layer '2' is not in the model"):
+        loft.load(nn.Sequential(nn.Linear(12, 20)), path)
+    for arguments, message in [(dict(rank=5), "rank is 4 in the file, 5 in the model"), (dict(method="psoft", rank=4), "method"),
+                               (dict(side="output", rank=4), "side"), (dict(targets="0", rank=4), "not in the model"),
+                               (dict(transform="expm", rank=4), "setting")]:
+        model = loft.adapt(network(), **arguments)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            loft.load(model, path)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not loft.layers(other)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    loft.save(loft.adapt(network(), rank=4), path)
+    whole = path.read_bytes()
+    for bad in (b"", whole[:-1], whole[:100], whole[:500] + b"?" + whole[501:], b"text"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match="not a LOFT adapter file, or is damaged"):
+            loft.load(network(), path)
+    with pytest.raises(FileNotFoundError):
+        loft.load(network(), tmp_path / "absent.pt")
+
+
+def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
+    model, path = loft.adapt(network(), rank=4), tmp_path / "a.pt"
+    loft.save(model, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda f: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        loft.save(stir(model), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
+
+
+# ------------------------------------------------------------------------------------ 6. the names
+
+def python(code, cwd, *arguments):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    command = [sys.executable, *(["-c", code] if code else []), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+USE = """
+import selectors as standard
+assert hasattr(standard, "DefaultSelector") and not hasattr(standard, "skew")
+{get}
+import torch
+assert selectors.skew(torch.randn(6, 8), torch.randn(6, 8), 4).shape == (8, 4) and not hasattr(selectors, "DefaultSelector")
+"""
+
+
+@pytest.mark.parametrize("code", [
+    "import torch, asyncio, subprocess; asyncio.run(asyncio.sleep(0))",
+    USE.format(get="from loft import selectors"),
+    "import asyncio, socketserver" + USE.format(get="import loft.selectors; selectors = loft.selectors"),
+    USE.format(get="import loft; from loft import selectors"),
+])
+def test_selectors_the_name(code, tmp_path):
+    """`import selectors` is always the standard library's and `loft.selectors` always ours: -c, script, vendored."""
+    python(code, HERE)
+    shutil.copytree(HERE, tmp_path / "my", ignore=shutil.ignore_patterns("runs", ".*", "__pycache__"))
+    (tmp_path / "my" / "script.py").write_text(code)
+    python("", tmp_path, tmp_path / "my" / "script.py")                       # as a script in the folder, from elsewhere
+    (tmp_path / "my" / "__init__.py").touch()
+    python(code.replace("from loft", "from my.loft").replace("import loft.selectors", "import my.loft.selectors")
+           .replace("= loft", "= my.loft").replace("import loft;", "import my.loft;"), tmp_path)
+
+
+def test_loft_alone(tmp_path):
+    """loft.py copied to an empty folder: tensor, random and principal supports work; another says what is missing."""
+    shutil.copy(HERE / "loft.py", tmp_path)
+    python("""
+import loft, torch
+from torch import nn
+model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+for support in (torch.eye(8)[:, :4], "random", "principal"):
+    loft.merge(loft.adapt(model, rank=4, support=support))
+try: loft.adapt(model, rank=4, support="minor")
+except ImportError as e: assert "selectors" in str(e)
+else: raise AssertionError
+""", tmp_path)
+
+
+# ------------------------------------------------------------------------------------ 7. train.py
+
+def test_train_end_to_end(tmp_path, monkeypatch, capsys):
+    """A few steps of the main job: cache, table, results, adapters that load; then Ctrl-C in the second row."""
+    import train
+    arguments = ["--pretrain-steps", "2", "--steps", "2", "--calibration", "1", "--support", "skew,principal", "--out", str(tmp_path / "a")]
+    rows = train.main(arguments)
+    assert [(r["method"], r["support"]) for r in rows] == [("frozen", None), ("loft", "skew"), ("loft", "principal"), ("full", None)]
+    assert rows == [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").read_text().splitlines()]
+    assert rows[1]["trainable"] == rows[2]["trainable"] == 16 * 120 and rows[1]["score"] > rows[2]["score"]
+    assert rows[0]["before"] == rows[0]["after"] and rows[1]["after"] != rows[1]["before"]
+    assert (tmp_path / "a" / "settings.json").exists() and len(list((tmp_path / "a").glob("loft-*.pt"))) == 2
+    model = train.Transformer()
+    loft.load(model, next((tmp_path / "a").glob("loft-skew*.pt")))
+    assert "bits per byte" in capsys.readouterr().out
+
+    real = train.fit
+    monkeypatch.setattr(train, "fit", lambda *a: real(*a) if "skew" in a[-1] else (_ for _ in ()).throw(KeyboardInterrupt))
+    assert len(train.main(arguments[:-1] + [str(tmp_path / "b")])) == 2
+    out = capsys.readouterr().out
+    assert "skipping to step 2" in out and "interrupted; what is finished" in out
+    assert len((tmp_path / "b" / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--support", "skwe"], "'skwe' is not one of random, coordinate"), (["--method", "x"], "not one of frozen, loft"),
+    (["--rank", "0"], "positive"), (["--device", "warp"], "--device warp"), (["--dtype", "int8"], "invalid choice")])
+def test_train_answers_unknown_values_with_the_valid_ones(arguments, message, capsys):
+    import train
+    with pytest.raises(SystemExit):
+        train.main(arguments)
+    assert message in capsys.readouterr().err
