@@ -48,6 +48,7 @@ METHODS = {
     "boft": dict(support="all", transform="butterfly"),                       # arXiv 2311.06243
     "goft": dict(support="all", transform="givens"),                          # arXiv 2404.04316
     "hra": dict(support="all", transform="householder"),                      # arXiv 2405.17484
+    "lora": dict(support=None, transform="lora"),                             # arXiv 2106.09685: for comparison, no rotation
 }
 
 
@@ -290,29 +291,32 @@ class Rotation(nn.Module):
         d: dimension that is rotated (in_features for side="input", out_features for side="output").
         support: P (d, r) with orthonormal columns, or None for all coordinates (P = I, r = d).
         transform: a name in `TRANSFORMS`; its options follow by keyword.
-        scale: PSOFT's two vectors (arXiv 2505.11235, section 3.3): T becomes diag(β) T diag(α), no longer
-            orthogonal; both are ones at the start.
+        scale: PSOFT's two vectors (arXiv 2505.11235): T becomes diag(β) T diag(α), no longer orthogonal; both are
+            ones at the start.
+        gauge: g (r,), for PSOFT's symmetric (PiSSA-like) split of the singular values: T becomes diag(g)⁻¹ T diag(g).
         dtype: of the parameters; float32 or float64. P is kept in it.
     Raises:
         ValueError: P is not a finite (d, r) matrix with |PᵀP − I| ≤ 1e-5, or an option does not fit.
     """
 
     def __init__(self, d: int, support: Tensor | None = None, transform: str = "cayley", *, scale: bool = False,
-                 dtype: torch.dtype = torch.float32, **options):
+                 gauge: Tensor | None = None, dtype: torch.dtype = torch.float32, **options):
         super().__init__()
         self.d, self.r = d, d if support is None else _check_support(support, d)
         self.config = dict(d=d, transform=transform, scale=scale, **options)  # rebuilds this module, with P, at load
         self.register_buffer("P", None if support is None else support.detach().to(dtype).clone())
+        self.register_buffer("gauge", None if gauge is None else gauge.detach().to(dtype).clone())
         self.transform = _make_transform(transform, self.r, **options).to(dtype)
         self.alpha = nn.Parameter(torch.ones(self.r, dtype=dtype)) if scale else None
         self.beta = nn.Parameter(torch.ones(self.r, dtype=dtype)) if scale else None
 
     def _delta_in_support(self, z: Tensor) -> Tensor:
-        """z (T − I)ᵀ, (…, r) → (…, r); with scaling vectors, z (diag(β) T diag(α) − I)ᵀ."""
-        if self.alpha is None:
+        """z (T − I)ᵀ, (…, r) → (…, r); with vectors, z (M − I)ᵀ for M = diag(β/g) T diag(α g)."""
+        if self.alpha is None and self.gauge is None:
             return self.transform.delta(z)
-        alpha, beta = self.alpha.to(z.dtype), self.beta.to(z.dtype)
-        return self.transform.delta(z * alpha) * beta + z * (alpha * beta - 1)
+        g = 1 if self.gauge is None else self.gauge.to(z.dtype)
+        alpha, beta = (1, 1) if self.alpha is None else (self.alpha.to(z.dtype), self.beta.to(z.dtype))
+        return self.transform.delta(z * (alpha * g)) * (beta / g) + z * (alpha * beta - 1)
 
     def delta(self, x: Tensor) -> Tensor:
         """x (Rᵀ − I) = x P (Tᵀ − I) Pᵀ for rows x (…, d). Autograd keeps z = x P (…, r), never x."""
@@ -362,9 +366,10 @@ class LOFTLinear(nn.Module):
     `base` is any module that is affine in its input and has in_features and out_features; side="input" never
     looks at its weight. `weight` and `bias` read as those of the merged layer, so that code which takes the
     weight and never calls forward (nn.MultiheadAttention's out_proj, say) still sees, and trains, the rotation.
+    magnitude=True adds a learned scale for every output, s (out,), ones at the start (in OFT and BOFT).
     """
 
-    def __init__(self, base: nn.Module, rotation: Rotation, side: str = "input", method: str = "loft"):
+    def __init__(self, base: nn.Module, rotation: nn.Module, side: str = "input", method: str = "loft", magnitude: bool = False):
         super().__init__()
         if side not in SIDES:
             raise ValueError(_unknown("side", side, SIDES))
@@ -372,6 +377,7 @@ class LOFTLinear(nn.Module):
         if rotation.d != d:
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
         self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
+        self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype)) if magnitude else None
 
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
@@ -379,20 +385,61 @@ class LOFTLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The rotated weight W0 R or R W0 (out, in), in W0's dtype, differentiable."""
-        W = self.base.weight
-        return self.rotation.rotate(W, self.side).to(W.dtype) if self.enabled else W
+        """The rotated weight W0 R or R W0, times diag(s): (out, in), in W0's dtype, differentiable."""
+        if not self.enabled:
+            return self.base.weight
+        W = self.rotation.rotate(self.base.weight, self.side)
+        return (W if self.magnitude is None else self.magnitude[:, None] * W).to(self.base.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
+        y, b = self._rotated(x)
+        if self.magnitude is None:
+            return y
+        return y + (y if b is None else y - b) * (self.magnitude.to(y.dtype) - 1)   # s (y − b) + b, exact at s = 1
+
+    def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rotated layer's output and its bias b."""
+        b = getattr(self.base, "bias", None)
         if self.side == "input":
-            return self.base(self.rotation(x))                                # y = (x Rᵀ) W0ᵀ + b
-        y, b = self.base(x), getattr(self.base, "bias", None)
-        return y + self.rotation.delta(y if b is None else y - b)             # y = (x W0ᵀ) Rᵀ + b
+            return self.base(self.rotation(x)), b                             # y = (x Rᵀ) W0ᵀ + b
+        y = self.base(x)
+        return y + self.rotation.delta(y if b is None else y - b), b          # y = (x W0ᵀ) Rᵀ + b
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Everything in state_dict() but the base layer."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
 
     def extra_repr(self) -> str:
         return f"side={self.side}"
+
+
+class LoRA(nn.Module):
+    """W0 + (α/r) B A (arXiv 2106.09685), A (r, in), B (out, r) = 0: what rotations are compared with, not one of them."""
+
+    def __init__(self, d: int, out: int, rank: int = 8, lora_alpha: float | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.d, self.r, self.scaling = d, rank, 1.0 if lora_alpha is None else lora_alpha / rank
+        self.config = dict(d=d, out=out, rank=rank, lora_alpha=lora_alpha, transform="lora")
+        self.A = nn.Parameter(torch.randn(rank, d, dtype=dtype) / d ** 0.5)
+        self.B = nn.Parameter(torch.zeros(out, rank, dtype=dtype))
+
+    dtype = property(lambda self: self.A.dtype)
+
+    def rotate(self, W: Tensor, side: str) -> Tensor:
+        return W.to(self.dtype) + self.scaling * self.B @ self.A
+
+    def orthogonality_error(self) -> float:
+        return float("nan")
+
+
+class LoRALinear(LOFTLinear):
+    """y = base(x) + (α/r) (x Aᵀ) Bᵀ."""
+
+    def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        A, B = self.rotation.A.to(x.dtype), self.rotation.B.to(x.dtype)
+        return self.base(x) + self.rotation.scaling * (x @ A.mT) @ B.mT, getattr(self.base, "bias", None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -404,7 +451,8 @@ Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 
 def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
           support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
-          trainable: Targets = (), seed: int = 0, **options) -> nn.Module:
+          magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: Targets = (), seed: int = 0,
+          **options) -> nn.Module:
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
     Args:
@@ -418,6 +466,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
             orthonormal tensor (d, r), or {layer: tensor}, as `selectors.select` returns for a gradient-chosen one.
         transform: a name in `TRANSFORMS`; `options` go to it (block_size, stages, bound, …) and to `Rotation` (scale).
         side: "input" (W0 R) or "output" (R W0).
+        magnitude: also learn a scale for every output (see `LOFTLinear`).
+        svd, symmetric: PSOFT's variants. Of support="principal": "full", "lowrank" (randomised) or "auto"; and whether
+            the singular values are split evenly between the two factors (see `Rotation`'s gauge).
         trainable: further parameters that stay trainable, in the grammar of `targets`, by parameter name.
         seed: of random supports and of initial reflections.
     Returns:
@@ -435,6 +486,8 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     support = preset["support"] if support is None else support
     transform = transform or preset["transform"]
     options = {**{k: v for k, v in preset.items() if k not in ("support", "transform")}, **options}
+    if (method == "lora") != (transform == "lora") or method == "lora" and (support is not None or side != "input"):
+        raise ValueError("method='lora' is not a rotation: it takes rank and lora_alpha, no support, transform or side")
     if isinstance(support, dict) and targets is None:
         targets = list(support)
     found = target_layers(model, targets)
@@ -444,17 +497,16 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for name, base in found.items():
-            d = base.in_features if side == "input" else base.out_features
             try:
-                P, extra = _resolve_support(support, name, base, side, d, rank, transform)
-                weight = getattr(base, "weight", None)
-                floating = isinstance(weight, Tensor) and weight.is_floating_point()
-                dtype = torch.promote_types(weight.dtype, torch.float32) if floating else torch.float32
-                rotation = Rotation(d, P, transform, dtype=dtype, **{**options, **extra})
-                if not sum(p.numel() for p in rotation.parameters()):
-                    raise ValueError(f"a {rotation.r} × {rotation.r} {transform!r} has no parameters, so nothing would "
-                                     "train; use rank ≥ 2 (or a block_size ≥ 2)")
-                wrapped[name] = LOFTLinear(base, rotation.to(_device(base)), side, method).train(base.training)
+                P, extra = _resolve_support(support, name, base, side, rank, transform, svd)
+                if symmetric:                                                 # σ_i = ‖W0 p_i‖ for singular vectors p_i
+                    W = base.weight if side == "input" else base.weight.mT
+                    extra["gauge"] = (W.to(P.dtype) @ P).norm(dim=0).sqrt()
+                layer = _build(base, method, side, P, magnitude, transform, {**options, **extra})
+                if not sum(p.numel() for p in layer.rotation.parameters()):
+                    raise ValueError(f"a {layer.rotation.r} × {layer.rotation.r} {transform!r} has no parameters, so "
+                                     "nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
+                wrapped[name] = layer
             except (ValueError, TypeError) as e:
                 raise type(e)(f"layer {name!r}: {e}") from None
 
@@ -547,6 +599,24 @@ def orthogonality_error(model: nn.Module) -> dict[str, float]:
     return {name: layer.rotation.orthogonality_error() for name, layer in _adapted(model)}
 
 
+def regularizer(model: nn.Module) -> Tensor:
+    """The papers' soft orthogonality, to add to the loss with a weight λ; 0 for methods that have none.
+
+    HRA: Σ ‖VᵀV − I‖_F² over layers, V the unit u's (large λ makes reflections commute). qGOFT: Σ ⟨α_i, β_i⟩² over
+    all 2 × 2 matrices G̃_i = (α_i, β_i).
+    """
+    terms = []
+    for _, layer in _adapted(model):
+        T = getattr(layer.rotation, "transform", None)
+        if isinstance(T, Householder):
+            V = T.u / torch.linalg.vector_norm(T.u, dim=0)
+            terms.append((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).square().sum())
+        elif isinstance(T, Givens) and T.relaxed:
+            G = T.blocks() + torch.eye(2, dtype=T.generator.dtype, device=T.generator.device)
+            terms.append((G[..., 0] * G[..., 1]).sum(-1).square().sum())
+    return sum(terms, torch.zeros((), device=_device(model)))
+
+
 def save(model: nn.Module, path) -> None:
     """Writes the adapter (supports, generators, settings) and whatever else of the model is trainable to `path`.
 
@@ -554,15 +624,7 @@ def save(model: nn.Module, path) -> None:
     since a support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's,
     followed by the SHA-256 of its bytes.
     """
-    found = _adapted(model)
-    inside = {id(p) for _, layer in found for p in layer.rotation.parameters()}
-    payload = {
-        "format": "loft", "version": 1,
-        "layers": {name: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
-                              dtype=str(layer.rotation.dtype).removeprefix("torch."),
-                              state={k: v.cpu() for k, v in layer.rotation.state_dict().items()}) for name, layer in found},
-        "trainable": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside},
-    }
+    payload = _payload(model)
     torch.save(payload, buffer := io.BytesIO())
     path, data = os.fspath(path), buffer.getvalue()
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
@@ -592,6 +654,62 @@ def load(model: nn.Module, path) -> nn.Module:
     if (payload.get("format"), payload.get("version")) != ("loft", 1):
         raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
 
+    return _attach(model, payload, path)
+
+
+def from_peft(source, model: nn.Module | None = None) -> nn.Module:
+    """Takes over an adapter trained with peft's OFT, BOFT, HRA, PSOFT or LoRA: same outputs, and it trains on.
+
+    Args:
+        source: a PeftModel (its adapter is taken off, and its base model adapted here instead), or the folder that
+            save_pretrained wrote, with `model` the base model to adapt.
+    What has no counterpart here (a setting, a kind of layer) is refused by name.
+    """
+    interop = importlib.import_module(__name__ + ".interop")
+    model, payload = interop.read_peft(source, model)
+    return _attach(model, payload, "the peft adapter")
+
+
+def to_peft(model: nn.Module, path) -> None:
+    """Writes the model's adapter to the folder `path` for PeftModel.from_pretrained(base, path); see `from_peft`."""
+    weights = {name: layer.base.weight for name, layer in _adapted(model)}
+    importlib.import_module(__name__ + ".interop").write_peft(_payload(model), weights, path)
+
+
+def _payload(model: nn.Module) -> dict:
+    """What `save` writes: plain containers and tensors."""
+    found = _adapted(model)
+    inside = {id(p) for _, layer in found for k, p in layer.named_parameters() if not k.startswith("base.")}
+    return {
+        "format": "loft", "version": 1,
+        "layers": {name: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
+                              dtype=str(layer.rotation.dtype).removeprefix("torch."),
+                              state={k: v.cpu() for k, v in layer.adapter_state().items()}) for name, layer in found},
+        "trainable": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside},
+    }
+
+
+def _build(base: nn.Module, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
+           dtype: torch.dtype | None = None) -> LOFTLinear:
+    """One wrapped layer, in the precision of its weight (float32 at least) and on its device."""
+    if dtype is None:
+        W = getattr(base, "weight", None)
+        dtype = torch.promote_types(W.dtype if isinstance(W, Tensor) and W.is_floating_point() else torch.float32, torch.float32)
+    if transform == "lora":
+        layer = LoRALinear(base, LoRA(base.in_features, base.out_features, dtype=dtype, **options), side, method, magnitude)
+    else:
+        d = base.in_features if side == "input" else base.out_features
+        layer = LOFTLinear(base, Rotation(d, P, transform, dtype=dtype, **options), side, method, magnitude)
+    for module in layer.children():
+        if module is not base:
+            module.to(_device(base))
+    if magnitude:
+        layer.magnitude.data = layer.magnitude.data.to(_device(base))
+    return layer.train(base.training)
+
+
+def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
+    """Puts a `_payload` on a plain model, or into an adapted one that agrees with it; all or nothing."""
     modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model))
     wrong = [f"layer {n!r} is adapted in the model but not in the file" for n in adapted if n not in payload["layers"]]
     new = {}
@@ -605,26 +723,29 @@ def load(model: nn.Module, path) -> nn.Module:
         elif has != d:
             wrong.append(f"layer {name!r} rotates {d} dimensions on the {side} side in the file, the model has {has}")
         else:
-            options = {k: v for k, v in spec["config"].items() if k != "d"}
-            rotation = Rotation(d, spec["state"].get("P"), dtype=getattr(torch, spec["dtype"]), **options)
-            rotation.load_state_dict(spec["state"])
+            state = spec["state"]
+            options = {k: v for k, v in spec["config"].items() if k not in ("d", "out", "transform")}
+            options |= {"gauge": state["rotation.gauge"]} if "rotation.gauge" in state else {}
+            base = layer.base if adapted else layer
+            built = _build(base, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
+                           spec["config"]["transform"], options, getattr(torch, spec["dtype"]))
+            built.load_state_dict(state, strict=False)
             if adapted:
                 wrong += [f"layer {name!r}: {what} is {there!r} in the file, {here!r} in the model" for what, there, here in
                           (("method", spec["method"], layer.method), ("side", side, layer.side),
-                           ("setting", spec["config"], layer.rotation.config), ("rank", rotation.r, layer.rotation.r))
+                           ("setting", spec["config"], layer.rotation.config), ("rank", built.rotation.r, layer.rotation.r))
                           if there != here]
-                layer = layer.base
-            new[name] = LOFTLinear(layer, rotation.to(_device(layer)), side, spec["method"]).train(layer.training)
+            new[name] = built
     for name, value in payload["trainable"].items():
         has = parameters[name].shape if name in parameters else None
         if has != value.shape:
             wrong.append(f"parameter {name!r} has shape {tuple(value.shape)} in the file, {has and tuple(has)} in the model")
     if wrong:
-        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"{origin} does not fit this model:\n  " + "\n  ".join(wrong))
 
     if adapted:                                                               # in place: an optimizer may hold the parameters
         for name, layer in new.items():
-            adapted[name].rotation.load_state_dict(layer.rotation.state_dict())
+            adapted[name].load_state_dict(layer.adapter_state(), strict=False)
     else:
         model.requires_grad_(False)
         _replace(model, {modules[name]: layer for name, layer in new.items()})
@@ -638,15 +759,17 @@ def load(model: nn.Module, path) -> nn.Module:
 # Supports from the weight alone, and small helpers
 # ---------------------------------------------------------------------------------------------------------
 
-def principal(W: Tensor, r: int) -> Tensor:
+def principal(W: Tensor, r: int, svd: str = "auto") -> Tensor:
     """Top r right singular vectors of W (out, in) → P (in, r), float32 or wider (PSOFT, arXiv 2505.11235).
 
-    Exact, but for large weights at a small rank (min(out, in) > 2048 and 8 r below it), where torch.svd_lowrank's
-    six subspace iterations are used. r above min(out, in) goes on into the null space.
+    svd="full" is exact; "lowrank" is torch.svd_lowrank with six subspace iterations; "auto" takes it for large
+    weights at a small rank (min(out, in) > 2048 and 8 r below it). r above min(out, in) goes on into the null space.
     """
+    if svd not in ("auto", "full", "lowrank"):
+        raise ValueError(_unknown("svd", svd, ("auto", "full", "lowrank")))
     W, short = W.detach().to(torch.promote_types(W.dtype, torch.float32)), min(W.shape)
-    if short > 2048 and 8 * r < short:
-        return torch.svd_lowrank(W, q=r + 16, niter=6)[2][:, :r].contiguous()
+    if svd == "lowrank" or svd == "auto" and short > 2048 and 8 * r < short:
+        return torch.svd_lowrank(W, q=min(r + 16, short), niter=6)[2][:, :r].contiguous()
     return torch.linalg.svd(W, full_matrices=r > short)[2][:r].mT.contiguous()
 
 
@@ -655,8 +778,9 @@ def random(W: Tensor, r: int) -> Tensor:
     return torch.linalg.qr(torch.randn(W.shape[1], r, dtype=torch.promote_types(W.dtype, torch.float32)))[0].to(W.device)
 
 
-def _resolve_support(support, name: str, base: nn.Module, side: str, d: int, rank, transform: str) -> tuple[Tensor | None, dict]:
+def _resolve_support(support, name: str, base: nn.Module, side: str, rank, transform: str, svd: str) -> tuple[Tensor | None, dict]:
     """The support of one layer, P (d, r) or None for all coordinates, and further options of its transform."""
+    d = base.in_features if side == "input" else base.out_features
     for what, value in (("rank", rank), ("support", support)):
         if isinstance(value, dict) and name not in value:
             raise ValueError(f"no {what} for this layer in the dict given")
@@ -664,6 +788,8 @@ def _resolve_support(support, name: str, base: nn.Module, side: str, d: int, ran
     support = support[name] if isinstance(support, dict) else support
     if isinstance(r, bool) or not isinstance(r, int | None):
         raise TypeError(f"rank={r!r} is not an int")
+    if transform == "lora":
+        return None, {} if r is None else {"rank": r}
     if isinstance(support, Tensor):
         if r not in (None, support.shape[-1]):
             raise ValueError(f"rank={r}, but the support given has {support.shape[-1]} columns")
@@ -682,7 +808,7 @@ def _resolve_support(support, name: str, base: nn.Module, side: str, d: int, ran
         if support == "minor":
             choose = importlib.import_module(__name__ + ".selectors").minor
         else:
-            choose = principal if support == "principal" else random
+            choose = random if support == "random" else lambda W, r: principal(W, r, svd)
         return choose(W if side == "input" else W.mT, r), {}
     if support in ("coordinate", "activation", "gradient", "paired", "skew"):
         raise ValueError(f"support={support!r} needs data: P = selectors.select(model, batches, loss_fn, rank, "

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 settings.register_profile("loft", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("loft")
 
+METHODS_AND_SIDES = [(m, s) for m in loft.METHODS for s in loft.SIDES if (m, s) != ("lora", "output")]
 ORTHOGONAL = [t for t in loft.TRANSFORMS if t != "cayley_neumann"]             # its error is stated apart
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}                       # promised orthogonality
 dtypes, sides = st.sampled_from([torch.float64, torch.float32]), st.sampled_from(loft.SIDES)
@@ -166,10 +167,332 @@ def test_autograd_keeps_z_and_nothing_else():
     assert 4 * n * r <= kept <= 4 * 1.1 * n * r + 8 * 10 * r * r
 
 
-# ------------------------------------------------------------------------------------ 3. the model
+# ------------------------------------------------------------------------------------ 3. the methods, from their papers
 
-@pytest.mark.parametrize("method", loft.METHODS)
-@pytest.mark.parametrize("side", loft.SIDES)
+def dense_cayley(q, b):
+    """(I + Q)(I − Q)⁻¹ with Q skew, upper triangle q row by row."""
+    Q, upper = torch.zeros(b, b, dtype=q.dtype), torch.triu_indices(b, b, 1)
+    Q = Q.index_put(tuple(upper), q)
+    Q, eye = Q - Q.mT, torch.eye(b, dtype=q.dtype)
+    return (eye + Q) @ torch.linalg.inv(eye - Q)
+
+
+def embedded(r, index, block):
+    """The identity (r × r) with `block` at rows and columns `index`."""
+    E = torch.eye(r, dtype=block.dtype)[:, index]
+    return torch.eye(r, dtype=block.dtype) + E @ (block - torch.eye(len(index), dtype=block.dtype)) @ E.mT
+
+
+def dense_T(transform, r, config):
+    """T (r × r) as the papers write it, a product of dense matrices, differentiable in the parameters."""
+    T, name, parameters = torch.eye(r, dtype=torch.float64), config["transform"], dict(transform.named_parameters())
+    if name == "householder":                                                 # HRA, eq. 2: H_1 H_2 … H_k
+        for u in parameters["u"].mT:
+            T = T @ (torch.eye(r, dtype=u.dtype) - 2 * torch.outer(u, u) / (u @ u))
+        return T
+    g = parameters["generator"]
+    if name == "givens":                                                      # GOFT, eqs. 3 and 4: Tᵀ = P_1 P_2 …
+        step, angles = 1, iter(g)
+        while step < r:
+            for i in range(0, r - step, 2 * step):
+                angle = next(angles)
+                G = (torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2) if len(angle) == 1 else
+                     angle.view(2, 2) + torch.eye(2, dtype=angle.dtype))      # qGOFT, eq. 5: any 2 × 2
+                T = T @ embedded(r, [i, i + step], G)
+            step *= 2
+        return T.mT
+    if name == "expm":
+        return torch.linalg.matrix_exp(dense_skew(g.flatten(), r))
+    if name == "cayley_neumann":                                              # OFTv2: (I + Q)(I + Q + Q² + Q³)
+        Q, eye = dense_skew(g.flatten(), r), torch.eye(r, dtype=torch.float64)
+        Q = Q if Q.norm() <= 0.9 else Q * (0.9 / Q.norm())                    # the norm bound
+        return (eye + Q) @ (eye + Q + Q @ Q + Q @ Q @ Q)
+    stages, _, entries = g.shape                                              # cayley, block (OFT), butterfly (BOFT)
+    b = round((1 + math.sqrt(1 + 8 * entries)) / 2)
+    for s in range(stages):                                                   # T = T_1 T_2 … T_m
+        half, stride = (b // 2, 2 ** s) if s else (b, 1)
+        for n in range(r // b):
+            group, t = divmod(n, stride)
+            first = (group * 2 * stride + t) * half if s else n * b
+            index = list(range(first, first + half)) + ([i + stride * half for i in range(first, first + half)] if s else [])
+            T = T @ embedded(r, index, dense_cayley(g[s, 0 if config.get("share") else n], b))
+    return T
+
+
+def dense_skew(q, b):
+    Q = torch.zeros(b, b, dtype=q.dtype).index_put(tuple(torch.triu_indices(b, b, 1)), q)
+    return Q - Q.mT
+
+
+def dense_weight(layer):
+    """W0 R or R W0 with R = I + P (diag(β) T diag(α) − I) Pᵀ formed densely; LoRA's W0 + (α/r) B A."""
+    W0, R = layer.base.weight, layer.rotation
+    if isinstance(R, loft.LoRA):
+        return W0 + (1 if R.config["lora_alpha"] is None else R.config["lora_alpha"] / R.r) * R.B @ R.A
+    M, eye = dense_T(R.transform, R.r, R.config), torch.eye(R.r, dtype=torch.float64)
+    if R.alpha is not None:
+        M = torch.diag(R.beta) @ M @ torch.diag(R.alpha)
+    P = eye if R.P is None else R.P
+    dense = torch.eye(R.d, dtype=torch.float64) + P @ (M - eye) @ P.mT
+    W = W0 @ dense if layer.side == "input" else dense @ W0
+    return W if layer.magnitude is None else torch.diag(layer.magnitude) @ W
+
+
+VARIANTS = {  # what adapt is given; d of the layers below is a multiple of 8, or odd where the method takes any
+    "oft": dict(method="oft", block_size=4), "oft shared": dict(method="oft", block_size=4, share=True),
+    "oft magnitude": dict(method="oft", block_size=2, magnitude=True),
+    "boft": dict(method="boft", block_size=4, stages=2), "boft three stages": dict(method="boft", block_size=2, stages=3),
+    "goft": dict(method="goft"), "qgoft": dict(method="goft", relaxed=True),
+    "hra": dict(method="hra", rank=4), "hra many": dict(method="hra", rank=12),
+    "psoft": dict(method="psoft", rank=5), "loft": dict(method="loft", rank=6, support="random"),
+    "lora": dict(method="lora", rank=3, lora_alpha=12),
+    **{f"{t} in a random support": dict(transform=t, rank=8, support="random", **({"block_size": 2} if t in ("block", "butterfly") else {}))
+       for t in loft.TRANSFORMS},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=10)
+@given(out=st.integers(1, 3), d=st.integers(1, 3), side=sides, bias=st.booleans(), seed=seeds)
+def test_every_method_against_its_paper(variant, out, d, side, bias, seed):
+    """Output, gradients of the parameters and of the input, and the merged weight, to 1e-10, against dense d × d matrices."""
+    torch.manual_seed(seed)
+    arguments = dict(VARIANTS[variant], side="input" if variant == "lora" else side, seed=seed)
+    out, d = 8 * out, 8 * d
+    if arguments.get("method") in ("goft", "hra"):
+        out, d = out + seed % 3, d + seed % 3                                 # any dimension will do
+    model = nn.Sequential(nn.Linear(d, out, bias=bias).double())
+    stir(loft.adapt(model, "0", **arguments), 0.4)
+    layer, W = model[0], dense_weight(model[0])
+    x, g = torch.randn(5, d, dtype=torch.float64, requires_grad=True), torch.randn(5, out, dtype=torch.float64)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    ours, theirs = model(x), F.linear(x, W, layer.base.bias)
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(theirs, wanted, g)):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(loft.merge(model)[0].weight, W, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("variant, count", [
+    (dict(method="loft", rank=8), 8 * 7 // 2), (dict(method="psoft", rank=8), 8 * 7 // 2 + 16),
+    (dict(method="oft", block_size=4), 24 // 4 * 6), (dict(method="oft", block_size=4, share=True), 6),
+    (dict(method="boft", block_size=4, stages=2), 2 * 24 // 4 * 6), (dict(method="goft"), 23), (dict(method="goft", relaxed=True), 4 * 23),
+    (dict(method="hra", rank=6), 6 * 24), (dict(method="lora", rank=2), 2 * (24 + 10)),
+    (dict(method="loft", rank=8, transform="householder", reflections=2), 16)])
+def test_parameter_counts_are_those_of_the_table_in_README(variant, count):
+    model = loft.adapt(nn.Sequential(nn.Linear(24, 10)), "0", **variant)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_bounds():
+    """COFT's ε keeps each block within ‖Q‖_F ≤ ε: a generator inside is untouched, one outside scaled back to it."""
+    T = loft.Rotation(8, None, "block", block_size=4, bound=0.5).transform
+    with torch.no_grad():
+        T.generator.copy_(torch.stack([torch.full((6,), 0.1), torch.full((6,), 10.0)]))
+    free = loft.Rotation(8, None, "block", block_size=4).transform
+    with torch.no_grad():
+        free.generator.copy_(torch.stack([torch.full((6,), 0.1), torch.full((6,), 0.5 / math.sqrt(12))]))
+    torch.testing.assert_close(T.blocks(), free.blocks())
+
+
+def test_regularizers():
+    """HRA: 0 for orthogonal u, r for the equal pairs at the start (each pair adds 2 · 1²). qGOFT: 0 at the start."""
+    hra = loft.adapt(nn.Sequential(nn.Linear(16, 4)), "0", method="hra", rank=4)
+    with torch.no_grad():
+        hra[0].rotation.transform.u.copy_(orthonormal(16, 4, torch.float32) * 3)
+    assert loft.regularizer(hra).item() < 1e-10
+    goft = loft.adapt(nn.Sequential(nn.Linear(16, 4)), "0", method="goft", relaxed=True)
+    assert loft.regularizer(goft).item() == 0
+    assert loft.regularizer(stir(goft)).item() > 0
+    loft.regularizer(goft).backward()
+    assert goft[0].rotation.transform.generator.grad.abs().sum() > 0
+    assert loft.regularizer(loft.adapt(network(), rank=4)).item() == 0
+
+
+def test_symmetric_psoft_is_the_even_split_of_the_singular_values():
+    """W = U √Σ T √Σ Vᵀ + the rest (PiSSA-like), where the asymmetric form is U Σ T Vᵀ + the rest."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 9).double())
+    stir(loft.adapt(model, "0", method="psoft", rank=4, scale=False, symmetric=True))
+    U, S, Vh = torch.linalg.svd(model[0].base.weight)
+    P = model[0].rotation.P
+    signs = torch.diag((Vh[:4] @ P).diag().sign())
+    T, root = signs @ dense_T(model[0].rotation.transform, 4, model[0].rotation.config) @ signs, torch.diag(S[:4].sqrt())
+    W = model[0].base.weight + U[:, :4] @ root @ (T - torch.eye(4).double()) @ root @ Vh[:4]
+    torch.testing.assert_close(model[0].weight, W, atol=1e-10, rtol=0)
+
+
+def distance_after_descent(name, target, **options):
+    """‖T − target‖_F after LBFGS from the identity (nudged, for the identity is a saddle of some)."""
+    torch.manual_seed(0)
+    r = target.shape[0]
+    R = rotation(r, r, name, scale=0.1, **options)
+    R.P.copy_(torch.eye(r))
+    optimizer = torch.optim.LBFGS(R.parameters(), max_iter=800, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (R.matrix() - target).square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return (R.matrix() - target).norm().item()
+
+
+def test_reach():
+    """What each transform can become, and what it cannot."""
+    torch.manual_seed(3)
+    r = 6
+    Q = orthonormal(r, r)
+    proper = Q if torch.det(Q) > 0 else Q[:, [1, 0, *range(2, r)]]
+    flip = torch.diag(torch.tensor([-1.0, *[1.0] * (r - 1)])).double()
+    # every rotation: Cayley and the exponential (r(r−1)/2 parameters), r reflections
+    for name, options in [("cayley", {}), ("expm", {}), ("householder", dict(reflections=r))]:
+        assert distance_after_descent(name, proper, **options) < 1e-5, name
+        # no product of an even number of reflections, and no Cayley or exponential, has determinant −1: 2 away at best
+        assert distance_after_descent(name, proper @ flip, **options) > 1.9, name
+    # eigenvalue −1 is out of Cayley's reach but as a limit (the generator runs to infinity); the exponential has it at angle π
+    half_turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, 1.0])).double()
+    assert 0 < distance_after_descent("cayley", half_turn)
+    assert (rotation(r, r, scale=10.0 ** 4).matrix() + torch.eye(r)).norm() > 1e-8
+    assert distance_after_descent("expm", half_turn) < 1e-5
+    # k reflections move a k-dimensional space: too few, and some of the rotation is left over
+    assert distance_after_descent("householder", proper, reflections=2) > 0.5
+    # structure: blocks cannot mix across blocks, a butterfly of full depth and a Givens tree have too few parameters for all of SO(r)
+    for name, options in [("block", dict(block_size=2)), ("butterfly", dict(block_size=2, stages=1)), ("givens", {})]:
+        assert distance_after_descent(name, proper, **options) > 0.1, name
+        reachable = rotation(r, r, name, scale=0.5, **options)
+        reachable.P.copy_(torch.eye(r))
+        assert distance_after_descent(name, reachable.matrix().detach(), **options) < 1e-5, name
+
+
+def test_what_a_givens_tree_does_to_a_vector():
+    """GOFT's theorem 4.1 says that r − 1 angles take any x to any y of its length. Its proof takes y = e_1 "without loss of
+    generality"; the tree does reach the first axis from every x, but not the second: each odd coordinate is final after
+    its one rotation, so |y_2| ≤ ‖(x_1, x_2)‖."""
+    def distance(x, y):
+        R = rotation(7, 7, "givens", scale=0.3)
+        R.P.copy_(torch.eye(7))
+        optimizer = torch.optim.LBFGS(R.parameters(), max_iter=400, tolerance_grad=1e-14, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (R(x[None])[0] - y).square().sum()
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+        return (R(x[None])[0] - y).norm().item()
+
+    torch.manual_seed(0)
+    for x in F.normalize(torch.randn(3, 7).double(), dim=1):
+        assert distance(x, torch.eye(7)[0].double()) < 1e-4
+        assert distance(x, torch.eye(7)[1].double()) > 0.1
+
+
+# ------------------------------------------------------------------------------------ 4. the real peft
+
+def peft_cases():
+    """name: (peft config, what differs from the paper)."""
+    return {
+        # peft's OFT defaults to OFTv2's series with +Q, and its exact Cayley is (I − Q)(I + Q)⁻¹, the inverse: the signs differ
+        "oft": ("OFTConfig", dict(oft_block_size=8)), "oft exact": ("OFTConfig", dict(oft_block_size=8, use_cayley_neumann=False)),
+        "oft terms": ("OFTConfig", dict(oft_block_size=4, num_cayley_neumann_terms=7)),
+        "oft shared": ("OFTConfig", dict(oft_block_size=8, block_share=True, use_cayley_neumann=False)),
+        # COFT: peft projects the parameters in place, under no_grad; here the bound is part of the function (same outputs)
+        "coft": ("OFTConfig", dict(oft_block_size=8, coft=True, eps=0.05, use_cayley_neumann=False)),
+        # BOFT: beyond the paper, peft scales every output by a learned boft_s; and without its CUDA extension it
+        # silently takes one butterfly factor, whatever is asked for
+        "boft": ("BOFTConfig", dict(boft_block_size=4)), "boft factor": ("BOFTConfig", dict(boft_block_size=4, boft_n_butterfly_factor=2)),
+        "hra": ("HRAConfig", dict(r=4)),
+        "psoft": ("PsoftConfig", dict(r=6)), "psoft strict": ("PsoftConfig", dict(r=6, psoft_mag_a=False, psoft_mag_b=False)),
+        "psoft one vector": ("PsoftConfig", dict(r=6, psoft_mag_a=False)),
+        "psoft neumann": ("PsoftConfig", dict(r=6, use_cayley_neumann=True, cayley_neumann_eps=0.9)),
+        "psoft pissa": ("PsoftConfig", dict(r=6, ab_svd_init="pissa_init", psoft_alpha=16)),
+        "lora": ("LoraConfig", dict(r=4, lora_alpha=16)), "rslora": ("LoraConfig", dict(r=4, lora_alpha=16, use_rslora=True)),
+    }
+
+
+def peft_pair(case):
+    """(base model, the same under a peft adapter with random parameters)."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config, options = peft_cases()[case]
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8, bias=False))
+    model = peft.get_peft_model(copy.deepcopy(base), getattr(peft, config)(target_modules=["0", "2"], **options)).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * (0.02 if "neumann" in case or case in ("oft", "oft terms") else 0.2))
+    return base, model
+
+
+@pytest.mark.parametrize("case", peft_cases())
+def test_the_real_peft_and_ours_agree_both_ways(case, tmp_path):
+    """Outputs, gradients of the input and merged weights; from the model, from its folder, and back into peft."""
+    base, theirs = peft_pair(case)
+    import peft
+    x = torch.randn(6, 16, requires_grad=True)
+    expected = theirs(x)
+    slope = torch.autograd.grad(expected.square().sum(), x)[0]
+    theirs.save_pretrained(tmp_path / "theirs")
+    close = dict(atol=2e-5, rtol=1e-4)
+    ours = loft.from_peft(tmp_path / "theirs", copy.deepcopy(base))
+    torch.testing.assert_close(ours(x), expected, **close)
+    merged = [m.weight for m in copy.deepcopy(theirs).merge_and_unload() if isinstance(m, nn.Linear)]
+    ours = loft.from_peft(theirs)
+    torch.testing.assert_close(ours(x), expected, **close)
+    torch.testing.assert_close(torch.autograd.grad(ours(x).square().sum(), x)[0], slope, **close)
+    loft.to_peft(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(x), expected, **close)
+    loft.save(ours, tmp_path / "a.pt")                                        # and it is an adapter like any other
+    torch.testing.assert_close(loft.load(copy.deepcopy(base), tmp_path / "a.pt")(x), expected, **close)
+    for a, b in zip((m.weight for m in loft.merge(ours) if isinstance(m, nn.Linear)), merged):
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_gradients_of_the_parameters_agree_with_peft():
+    """For the exact maps the chain rule is the same on both sides: ∂L/∂q up to the sign in the mapping."""
+    for case, theirs_name, ours_name in [("oft exact", "oft_R.default.weight", "generator"), ("hra", "hra_u.default", "u"),
+                                         ("psoft", "psoft_R.default.weight", "generator"), ("lora", "lora_A.default.weight", "A")]:
+        _, theirs = peft_pair(case)
+        x = torch.randn(6, 16)
+        theirs(x).square().sum().backward()
+        expected = [p.grad.flatten().clone() for n, p in theirs.named_parameters() if n.endswith(theirs_name)]
+        ours = loft.from_peft(theirs)
+        ours(x).square().sum().backward()
+        found = [p.grad.flatten() for n, p in ours.named_parameters() if n.endswith(ours_name)]
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("config, options, message", [
+    ("PsoftConfig", dict(r=4, psoft_orth=False), "psoft_orth=False has no counterpart"),
+    ("PsoftConfig", dict(r=4, psoft_svd="lowrank"), "psoft_svd='lowrank'"),   # its factors are W0's only approximately
+    ("HRAConfig", dict(r=4, apply_GS=True), "apply_GS=True has no counterpart"),
+    ("HRAConfig", dict(r=3), "reflections=3: must be even"), ("VeraConfig", dict(r=4), "VERA has no counterpart"),
+    ("LoraConfig", dict(r=4, use_dora=True), "use_dora=True"), ("LoraConfig", dict(r=4, bias="all"), "bias='all'")])
+def test_from_peft_refuses_by_name(config, options, message):
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16)), getattr(peft, config)(target_modules=["0"], **options))
+    with pytest.raises(ValueError, match=message):
+        loft.from_peft(model)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(method="oft", side="output", block_size=4), "input side only"), (dict(method="goft"), "no 'givens' on all coordinates"),
+    (dict(rank=4, support="random"), "layer '0': its support does not span W0's principal one"),
+    (dict(method="oft"), "one setting for all layers"), (dict(rank=4, trainable=["4"]), "4.weight, 4.bias train beside")])
+def test_to_peft_refuses_by_name(arguments, message, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    with pytest.raises(ValueError, match=message):
+        loft.to_peft(loft.adapt(network(), **arguments), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ 5. the model
+
+@pytest.mark.parametrize("method, side", METHODS_AND_SIDES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fresh_adapters_change_no_bit_and_merge_changes_nothing_but_rounding(method, side, dtype):
     torch.manual_seed(1)
@@ -322,7 +645,7 @@ def test_adapt_twice_and_functions_on_a_plain_model():
             f(network())
 
 
-# ------------------------------------------------------------------------------------ 4. the supports
+# ------------------------------------------------------------------------------------ 6. the supports
 
 def problem(out, d, seed):
     """A weight, a loss of it that is not linear, and the gradient, all float64."""
@@ -457,10 +780,9 @@ def test_select_refuses_by_name_and_cleans_up(batches, loss, message):
     assert all(m.training and not m._forward_hooks for m in model.modules())
 
 
-# ------------------------------------------------------------------------------------ 5. the files
+# ------------------------------------------------------------------------------------ 7. the files
 
-@pytest.mark.parametrize("method", loft.METHODS)
-@pytest.mark.parametrize("side", loft.SIDES)
+@pytest.mark.parametrize("method, side", METHODS_AND_SIDES)
 def test_save_and_load_round_trip(method, side, tmp_path):
     """To the last bit, onto a plain model and onto an adapted one; what else was trained comes along."""
     torch.manual_seed(0)
@@ -515,7 +837,7 @@ def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
-# ------------------------------------------------------------------------------------ 6. the names
+# ------------------------------------------------------------------------------------ 8. the names
 
 def python(code, cwd, *arguments):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
@@ -566,7 +888,7 @@ else: raise AssertionError
 """, tmp_path)
 
 
-# ------------------------------------------------------------------------------------ 7. train.py
+# ------------------------------------------------------------------------------------ 9. train.py
 
 def test_train_end_to_end(tmp_path, monkeypatch, capsys):
     """A few steps of the main job: cache, table, results, adapters that load; then Ctrl-C in the second row."""
