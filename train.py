@@ -35,8 +35,8 @@ from loft import selectors
 
 CONTEXT, BATCH, PRETRAIN_STEPS = 128, 16, 1200
 METHODS = ("frozen", *loft.METHODS, "full")
-# Learning rates by default: for each support the best of 3e-4 … 3e-2 in the grid README reports.
-RATES = {"full": 1e-3}
+# Learning rates by default, the best of README's grid: supports of low score want, and bear, a higher one.
+RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "full": 1e-3, "all": 3e-3}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def main(argv=None):
         supports = ((args.support or selectors.KINDS) if method == "loft" else
                     [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]])
         for support in supports:
-            rates = [None] if method == "frozen" else args.lr or [RATES.get(support or method, 3e-3)]
+            rates = [None] if method == "frozen" else args.lr or [RATES.get(support or method, 1e-2)]
             plan += [(method, support, lr, seed) for lr in rates
                      for seed in range(args.seed, args.seed + (1 if method == "frozen" else args.seeds))]
     rows = []
