@@ -469,7 +469,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         magnitude: also learn a scale for every output (see `LOFTLinear`).
         svd, symmetric: PSOFT's variants. Of support="principal": "full", "lowrank" (randomised) or "auto"; and whether
             the singular values are split evenly between the two factors (see `Rotation`'s gauge).
-        trainable: further parameters that stay trainable, in the grammar of `targets`, by parameter name.
+        trainable: further parameters that stay trainable, by name: a regex or a list, as in `targets`.
         seed: of random supports and of initial reflections.
     Returns:
         the model itself.
@@ -500,6 +500,8 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
             try:
                 P, extra = _resolve_support(support, name, base, side, rank, transform, svd)
                 if symmetric:                                                 # σ_i = ‖W0 p_i‖ for singular vectors p_i
+                    if P is None:
+                        raise ValueError("symmetric=True splits the singular values of a support; there is none")
                     W = base.weight if side == "input" else base.weight.mT
                     extra["gauge"] = (W.to(P.dtype) @ P).norm(dim=0).sqrt()
                 layer = _build(base, method, side, P, magnitude, transform, {**options, **extra})
@@ -831,7 +833,7 @@ def _check_support(P: Tensor, d: int) -> int:
 
 
 def _matches(names: list[str], wanted) -> list[str]:
-    """Names that a regex finds, a callable accepts, or a list means (by whole dotted components)."""
+    """Names that a regex finds, or a list means (an entry is one or more whole dotted components)."""
     if isinstance(wanted, str):
         try:
             return [n for n in names if re.search(wanted, n)]

@@ -224,7 +224,7 @@ def run(base: nn.Module, prose, code, method: str, support: str | None, lr: floa
             turn = (lambda X: X.mT) if args.side == "output" else (lambda X: X)
             score = math.hypot(*(selectors.score(turn(m.weight), turn(G[n]), P[n]) for n, m in found.items())) / args.calibration
         loft.adapt(model, method=method, support=P, transform=args.transform, side=args.side, seed=seed,
-                   rank=args.rank if method == "hra" else None)
+                   rank=args.rank if method in ("hra", "lora") else None)
     chosen = time.perf_counter() - began
     ms = fit(model, code["train"], args.steps, lr, seed, args, label) if lr else 0.0
     memory = peak(args.device)
@@ -305,39 +305,51 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None):
+def plan(args) -> list[tuple[str, str | None, float | None, int]]:
+    """The rows to run: (method, support, learning rate, seed)."""
+    todo = []
+    for method in args.method:
+        supports = ((args.support or selectors.KINDS) if method == "loft" else
+                    [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]])
+        for support in supports:
+            rates = [None] if method == "frozen" else args.lr or [RATES.get(support or method, 1e-2)]
+            seeds = range(args.seed, args.seed + (1 if method == "frozen" else args.seeds))
+            todo += [(method, support, lr, seed) for lr in rates for seed in seeds]
+    return todo
+
+
+def main(argv=None) -> list[dict]:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {k: str(v) if isinstance(v, (Path, torch.device, torch.dtype)) else v for k, v in vars(args).items()}
     settings |= dict(torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads())
     (args.out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
 
-    prose, code = library()
-    base = pretrain(prose, args)
-    before = dict(val=bits(base, code["val"]), prose=bits(base, prose["val"]))
-    print(f"2. prose {before['prose']:.3f} bits per byte; adapting to {len(code['train']):,} bytes of code, {before['val']:.3f} before")
-    plan = []
-    for method in args.method:
-        supports = ((args.support or selectors.KINDS) if method == "loft" else
-                    [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]])
-        for support in supports:
-            rates = [None] if method == "frozen" else args.lr or [RATES.get(support or method, 1e-2)]
-            plan += [(method, support, lr, seed) for lr in rates
-                     for seed in range(args.seed, args.seed + (1 if method == "frozen" else args.seeds))]
-    rows = []
+    rows, failed = [], []
     try:
+        prose, code = library()
+        base = pretrain(prose, args)
+        before = dict(val=bits(base, code["val"]), prose=bits(base, prose["val"]))
+        print(f"2. prose {before['prose']:.3f} bits per byte; adapting to {len(code['train']):,} bytes of code, {before['val']:.3f} before")
+        todo = plan(args)
         with open(args.out / "results.jsonl", "a") as file:
-            for i, (method, support, lr, seed) in enumerate(plan, 1):
-                label = f"[{i}/{len(plan)}] {method} {support or ''}".ljust(26)
-                rows.append(run(base, prose, code, method, support, lr, seed, before, args, label))
+            for i, (method, support, lr, seed) in enumerate(todo, 1):
+                label = f"[{i}/{len(todo)}] {method} {support or ''}".ljust(26)
+                try:
+                    rows.append(run(base, prose, code, method, support, lr, seed, before, args, label))
+                except FloatingPointError as e:                                # the other rows go on
+                    failed.append(str(e))
+                    print(f"\n{e}")
+                    continue
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted; what is finished:")
+        print("\ninterrupted; what is finished:" if rows else "\ninterrupted before the first row was finished")
     if rows:
+        seeds = f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
         print(f"\nbits per byte on held-out code (before, after) and on held-out prose; {args.steps} steps, rank {args.rank}, "
-              f"seeds {args.seed}–{args.seed + args.seeds - 1}, {args.device}, torch {torch.__version__}\n\n{table(rows)}\n\n"
-              f"written to {args.out}/")
+              f"{seeds}, {args.device}, torch {torch.__version__}\n\n{table(rows)}\n\n"
+              + "".join(f"failed: {line}\n" for line in failed) + f"written to {args.out}/")
     return rows
 
 
