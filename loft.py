@@ -252,8 +252,21 @@ class Householder(nn.Module):
         return -((z @ V) @ K.mT) @ V.mT
 
 
+class Fixed(nn.Module):
+    """A given T, as T − I in the buffer D (r, r): rotations that `refresh` has put behind."""
+
+    def __init__(self, r: int):
+        super().__init__()
+        self.register_buffer("D", torch.zeros(r, r))
+
+    def delta(self, z: Tensor) -> Tensor:
+        return z @ self.D.to(z.dtype).mT
+
+
 def _make_transform(name: str, r: int, **options) -> nn.Module:
     """The transform called `name`, of size r; `TRANSFORMS` has the names, the classes explain the options."""
+    if name == "fixed":
+        return Fixed(r)
     if name not in TRANSFORMS:
         raise ValueError(_unknown("transform", name, TRANSFORMS))
     cls, defaults, allowed = TRANSFORMS[name]
@@ -348,13 +361,8 @@ class Rotation(nn.Module):
         G = D if self.P is None else self.P.double().mT @ self.P.double() @ D
         return (D + D.mT + D.mT @ G).abs().max().item()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    dtype = property(lambda self: next(t for t in self.state_dict().values()).dtype)
+    device = property(lambda self: next(t for t in self.state_dict().values()).device)
 
     def extra_repr(self) -> str:
         return f"d={self.d}, r={self.r}, {self.config['transform']}"
@@ -367,6 +375,7 @@ class LOFTLinear(nn.Module):
     looks at its weight. `weight` and `bias` read as those of the merged layer, so that code which takes the
     weight and never calls forward (nn.MultiheadAttention's out_proj, say) still sees, and trains, the rotation.
     magnitude=True adds a learned scale for every output, s (out,), ones at the start (in OFT and BOFT).
+    `past` is the product of the rotations before the last `refresh`: W = W0 R_past R, or R R_past W0.
     """
 
     def __init__(self, base: nn.Module, rotation: nn.Module, side: str = "input", method: str = "loft", magnitude: bool = False):
@@ -378,6 +387,7 @@ class LOFTLinear(nn.Module):
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
         self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
         self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype)) if magnitude else None
+        self.past: Rotation | None = None
 
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
@@ -388,7 +398,8 @@ class LOFTLinear(nn.Module):
         """The rotated weight W0 R or R W0, times diag(s): (out, in), in W0's dtype, differentiable."""
         if not self.enabled:
             return self.base.weight
-        W = self.rotation.rotate(self.base.weight, self.side)
+        W = self.base.weight if self.past is None else self.past.rotate(self.base.weight, self.side)
+        W = self.rotation.rotate(W, self.side)
         return (W if self.magnitude is None else self.magnitude[:, None] * W).to(self.base.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -403,9 +414,12 @@ class LOFTLinear(nn.Module):
         """The rotated layer's output and its bias b."""
         b = getattr(self.base, "bias", None)
         if self.side == "input":
-            return self.base(self.rotation(x)), b                             # y = (x Rᵀ) W0ᵀ + b
+            x = self.rotation(x)
+            return self.base(x if self.past is None else self.past(x)), b     # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
         y = self.base(x)
-        return y + self.rotation.delta(y if b is None else y - b), b          # y = (x W0ᵀ) Rᵀ + b
+        for R in (self.past, self.rotation):
+            y = y if R is None else y + R.delta(y if b is None else y - b)    # y = (x W0ᵀ) R_pastᵀ Rᵀ + b
+        return y, b
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Everything in state_dict() but the base layer."""
@@ -597,8 +611,63 @@ def disabled(model: nn.Module):
 
 
 def orthogonality_error(model: nn.Module) -> dict[str, float]:
-    """{layer: max |RᵀR − I| on its support, in float64}."""
-    return {name: layer.rotation.orthogonality_error() for name, layer in _adapted(model)}
+    """{layer: max |RᵀR − I| on its support, in float64}; after a `refresh`, the larger of the two rotations'."""
+    return {name: max(R.orthogonality_error() for R in (layer.rotation, layer.past) if R is not None)
+            for name, layer in _adapted(model)}
+
+
+@torch.no_grad()
+def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Puts the learned rotations behind, as R_past ← R_past R (input side; R R_past on the output side), and starts
+    anew from the identity in another support, which `selectors.select` chooses at this very point:
+
+        loft.refresh(model, selectors.select(model, batches, loss_fn, rank), optimizer)
+
+    Outputs do not change but for rounding. R_past = I + P (T − I) Pᵀ stays one rotation, with P an orthonormal basis of
+    all supports so far, so W0 stays as it is (a quantised or tied one too) and `save` stays compact. Layers that
+    `support` does not name go on as they are.
+
+    In `optimizer` the new generators take the place of the old, with no state: moments are kept per entry of a
+    generator, and in another support an entry is another plane.
+    """
+    found = dict(_adapted(model))
+    if unknown := [n for n in support if n not in found]:
+        raise ValueError(f"layer {unknown[0]!r} is not adapted; adapted are: {', '.join(found)}")
+    new = {}
+    for name, P in support.items():
+        layer, old = found[name], found[name].rotation
+        try:
+            if getattr(old, "P", None) is None:
+                raise ValueError(f"method {layer.method!r} has no support to refresh")
+            rotation = Rotation(old.d, P, dtype=old.dtype, **{k: v for k, v in old.config.items() if k != "d"}).to(old.device)
+            order = (layer.past, old) if layer.side == "input" else (old, layer.past)
+            new[name] = rotation, old if layer.past is None else _product(*order)
+        except ValueError as e:
+            raise ValueError(f"layer {name!r}: {e}") from None
+    for name, (rotation, past) in new.items():
+        layer = found[name]
+        swap = dict(zip(layer.rotation.parameters(), rotation.parameters()))
+        for group in optimizer.param_groups if optimizer else ():
+            group["params"] = [swap.get(p, p) for p in group["params"]]
+        for p in swap if optimizer else ():
+            optimizer.state.pop(p, None)
+        layer.rotation, layer.past = rotation, _product(past)
+    return model
+
+
+def _product(*rotations: Rotation) -> Rotation:
+    """R_1 R_2 … as one frozen rotation I + P (T − I) Pᵀ: P spans all supports, T = Pᵀ R_1 R_2 … P. In float64."""
+    like = rotations[0]
+    U, s, _ = torch.linalg.svd(torch.cat([_wide(R.P) for R in rotations], 1), full_matrices=False)
+    P = U[:, s > 1e-6]
+    T = eye = torch.eye(P.shape[1], dtype=P.dtype, device=P.device)
+    for R in rotations:
+        D = R._delta_in_support(torch.eye(R.r, dtype=R.dtype, device=R.device)).mT
+        C = P.mT @ _wide(R.P)                                                 # PᵀRP = I + (PᵀP_i)(T_i − I)(PᵀP_i)ᵀ
+        T = T + T @ C @ _wide(D) @ C.mT
+    R = Rotation(like.d, P, "fixed", dtype=like.dtype).to(like.device)
+    R.transform.D.copy_(T - eye)
+    return R
 
 
 def regularizer(model: nn.Module) -> Tensor:
@@ -731,6 +800,8 @@ def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
             base = layer.base if adapted else layer
             built = _build(base, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
                            spec["config"]["transform"], options, getattr(torch, spec["dtype"]))
+            if "past.P" in state:
+                built.past = Rotation(d, state["past.P"], "fixed", dtype=built.rotation.dtype).to(_device(base))
             built.load_state_dict(state, strict=False)
             if adapted:
                 wrong += [f"layer {name!r}: {what} is {there!r} in the file, {here!r} in the model" for what, there, here in
@@ -747,6 +818,7 @@ def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
 
     if adapted:                                                               # in place: an optimizer may hold the parameters
         for name, layer in new.items():
+            adapted[name].past = layer.past
             adapted[name].load_state_dict(layer.adapter_state(), strict=False)
     else:
         model.requires_grad_(False)
