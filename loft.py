@@ -361,8 +361,8 @@ class Rotation(nn.Module):
         G = D if self.P is None else self.P.double().mT @ self.P.double() @ D
         return (D + D.mT + D.mT @ G).abs().max().item()
 
-    dtype = property(lambda self: next(t for t in self.state_dict().values()).dtype)
-    device = property(lambda self: next(t for t in self.state_dict().values()).device)
+    dtype = property(lambda self: next(iter(self.state_dict().values())).dtype)
+    device = property(lambda self: next(iter(self.state_dict().values())).device)
 
     def extra_repr(self) -> str:
         return f"d={self.d}, r={self.r}, {self.config['transform']}"
@@ -386,7 +386,7 @@ class LOFTLinear(nn.Module):
         if rotation.d != d:
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
         self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
-        self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype)) if magnitude else None
+        self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype, device=rotation.device)) if magnitude else None
         self.past: Rotation | None = None
 
     in_features = property(lambda self: self.base.in_features)
@@ -439,7 +439,7 @@ class LoRA(nn.Module):
         self.A = nn.Parameter(torch.randn(rank, d, dtype=dtype) / d ** 0.5)
         self.B = nn.Parameter(torch.zeros(out, rank, dtype=dtype))
 
-    dtype = property(lambda self: self.A.dtype)
+    dtype, device = property(lambda self: self.A.dtype), property(lambda self: self.A.device)
 
     def rotate(self, W: Tensor, side: str) -> Tensor:
         return W.to(self.dtype) + self.scaling * self.B @ self.A
@@ -587,12 +587,13 @@ def merge(model: nn.Module) -> nn.Module:
         if not (isinstance(getattr(layer.base, "weight", None), Tensor) and layer.base.weight.is_floating_point()):
             raise ValueError(f"layer {name!r}: a {type(layer.base).__name__} has no floating weight to merge into; "
                              "keep it adapted")
-    for _, layer in found:
-        was, layer.enabled = layer.enabled, True
+    for name, layer in found:                                                 # one by one: at any moment the model computes the same
+        layer.enabled = True
         weight = layer.weight
-        layer.enabled = was
+        if not weight.isfinite().all():
+            raise ValueError(f"layer {name!r}: its rotation is not finite, so it is left as it is")
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
-    _replace(model, {layer: layer.base for _, layer in found})
+        _replace(model, {layer: layer.base})
     return model
 
 
@@ -640,8 +641,8 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
             if getattr(old, "P", None) is None:
                 raise ValueError(f"method {layer.method!r} has no support to refresh")
             rotation = Rotation(old.d, P, dtype=old.dtype, **{k: v for k, v in old.config.items() if k != "d"}).to(old.device)
-            order = (layer.past, old) if layer.side == "input" else (old, layer.past)
-            new[name] = rotation, old if layer.past is None else _product(*order)
+            both = (layer.past, old) if layer.side == "input" else (old, layer.past)
+            new[name] = rotation, _product(*(R for R in both if R is not None))
         except ValueError as e:
             raise ValueError(f"layer {name!r}: {e}") from None
     for name, (rotation, past) in new.items():
@@ -651,7 +652,7 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
             group["params"] = [swap.get(p, p) for p in group["params"]]
         for p in swap if optimizer else ():
             optimizer.state.pop(p, None)
-        layer.rotation, layer.past = rotation, _product(past)
+        layer.rotation, layer.past = rotation, past
     return model
 
 
@@ -724,7 +725,6 @@ def load(model: nn.Module, path) -> nn.Module:
     payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     if (payload.get("format"), payload.get("version")) != ("loft", 1):
         raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
-
     return _attach(model, payload, path)
 
 
@@ -767,16 +767,11 @@ def _build(base: nn.Module, method: str, side: str, P: Tensor | None, magnitude:
         W = getattr(base, "weight", None)
         dtype = torch.promote_types(W.dtype if isinstance(W, Tensor) and W.is_floating_point() else torch.float32, torch.float32)
     if transform == "lora":
-        layer = LoRALinear(base, LoRA(base.in_features, base.out_features, dtype=dtype, **options), side, method, magnitude)
+        adapter = LoRA(base.in_features, base.out_features, dtype=dtype, **options)
     else:
-        d = base.in_features if side == "input" else base.out_features
-        layer = LOFTLinear(base, Rotation(d, P, transform, dtype=dtype, **options), side, method, magnitude)
-    for module in layer.children():
-        if module is not base:
-            module.to(_device(base))
-    if magnitude:
-        layer.magnitude.data = layer.magnitude.data.to(_device(base))
-    return layer.train(base.training)
+        adapter = Rotation(base.in_features if side == "input" else base.out_features, P, transform, dtype=dtype, **options)
+    layer = LoRALinear if transform == "lora" else LOFTLinear
+    return layer(base, adapter.to(_device(base)), side, method, magnitude).train(base.training)
 
 
 def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:

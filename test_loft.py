@@ -638,6 +638,16 @@ def test_bad_input_is_refused_by_name_and_leaves_the_model_alone(arguments, mess
     assert not loft.layers(model)
 
 
+def test_a_rotation_that_is_not_finite_is_not_merged():
+    model = loft.adapt(network(), rank=4)
+    with torch.no_grad():
+        model[0].rotation.transform.generator.fill_(math.nan)
+    weight = model[0].base.weight.clone()
+    with pytest.raises(ValueError, match="layer '0': its rotation is not finite"):
+        loft.merge(model)
+    assert torch.equal(model[0].base.weight, weight)
+
+
 def test_adapt_twice_and_functions_on_a_plain_model():
     with pytest.raises(ValueError, match="already adapted"):
         loft.adapt(loft.adapt(network()))
