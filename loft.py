@@ -364,6 +364,11 @@ class Rotation(nn.Module):
     dtype = property(lambda self: next(iter(self.state_dict().values())).dtype)
     device = property(lambda self: next(iter(self.state_dict().values())).device)
 
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, but keeps its precision under .half() and .bfloat16()."""
+        narrow = (torch.float16, torch.bfloat16)
+        return super()._apply(lambda t: t.to(new.device) if (new := fn(t)).dtype in narrow else new, recurse)
+
     def extra_repr(self) -> str:
         return f"d={self.d}, r={self.r}, {self.config['transform']}"
 
@@ -382,25 +387,27 @@ class LOFTLinear(nn.Module):
         super().__init__()
         if side not in SIDES:
             raise ValueError(_unknown("side", side, SIDES))
-        d = base.in_features if side == "input" else base.out_features
+        self.in_features, self.out_features = _shape(base)
+        d = self.in_features if side == "input" else self.out_features
         if rotation.d != d:
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
         self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
-        self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype, device=rotation.device)) if magnitude else None
+        self.magnitude = nn.Parameter(torch.ones(self.out_features, dtype=rotation.dtype, device=rotation.device)) if magnitude else None
         self.past: Rotation | None = None
 
-    in_features = property(lambda self: self.base.in_features)
-    out_features = property(lambda self: self.base.out_features)
     bias = property(lambda self: self.base.bias)
+    nf = property(lambda self: self.base.nf)                                  # marks transformers' Conv1D, a transposed weight
 
     @property
     def weight(self) -> Tensor:
-        """The rotated weight W0 R or R W0, times diag(s): (out, in), in W0's dtype, differentiable."""
+        """The rotated weight diag(s) W0 R or diag(s) R W0, in W0's dtype and layout, differentiable."""
+        W0 = self.base.weight
         if not self.enabled:
-            return self.base.weight
-        W = self.base.weight if self.past is None else self.past.rotate(self.base.weight, self.side)
+            return W0
+        W = _matrix(self.base) if self.past is None else self.past.rotate(_matrix(self.base), self.side)
         W = self.rotation.rotate(W, self.side)
-        return (W if self.magnitude is None else self.magnitude[:, None] * W).to(self.base.weight.dtype)
+        W = W if self.magnitude is None else self.magnitude[:, None] * W
+        return (W.mT if hasattr(self, "nf") else W.view(W0.shape)).to(W0.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -427,6 +434,13 @@ class LOFTLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"side={self.side}"
+
+
+class LOFTConv2d(LOFTLinear):
+    """A convolution with its kernel, as a matrix (out, channels × height × width), rotated: one thin product a forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base._conv_forward(x, self.weight, self.base.bias)
 
 
 class LoRA(nn.Module):
@@ -516,7 +530,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
                 if symmetric:                                                 # σ_i = ‖W0 p_i‖ for singular vectors p_i
                     if P is None:
                         raise ValueError("symmetric=True splits the singular values of a support; there is none")
-                    W = base.weight if side == "input" else base.weight.mT
+                    W = _matrix(base) if side == "input" else _matrix(base).mT
                     extra["gauge"] = (W.to(P.dtype) @ P).norm(dim=0).sqrt()
                 layer = _build(base, method, side, P, magnitude, transform, {**options, **extra})
                 if not sum(p.numel() for p in layer.rotation.parameters()):
@@ -535,13 +549,14 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
 def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
     """{name: linear layer} that `targets` means (see `adapt`); a layer used in two places counts once.
 
-    None is every linear layer but the output head: the model's get_output_embeddings() where it has one, and any
+    Linear is what has in_features and out_features, transformers' Conv1D, and Conv2d where `targets` name it.
+    None is every linear layer but Conv2d and the output head: the model's get_output_embeddings() where it has one, and any
     layer that shares its weight with an embedding or is called lm_head, head, classifier or score; where there is
     none of these, the last linear layer.
     """
-    linear = {n: m for n, m in model.named_modules()
-              if n and isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)
-              and not isinstance(m, LOFTLinear)}
+    linear = {n: m for n, m in model.named_modules() if n and _shape(m) and not isinstance(m, LOFTLinear)}
+    if targets is None:
+        linear = {n: m for n, m in linear.items() if not isinstance(m, nn.Conv2d)}
     if not linear:
         raise ValueError("the model has no linear layer inside it (to adapt a bare layer, wrap it: loft.LOFTLinear)")
     if targets is None:
@@ -722,7 +737,10 @@ def load(model: nn.Module, path) -> nn.Module:
         data = f.read()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ValueError(f"{path} is not a LOFT adapter file, or is damaged")
-    payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    try:
+        payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    except Exception as e:                                                    # e.g. pickled code, which weights_only refuses
+        raise ValueError(f"{path} is not a LOFT adapter file: {str(e).splitlines()[0]}") from e
     if (payload.get("format"), payload.get("version")) != ("loft", 1):
         raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
     return _attach(model, payload, path)
@@ -766,11 +784,13 @@ def _build(base: nn.Module, method: str, side: str, P: Tensor | None, magnitude:
     if dtype is None:
         W = getattr(base, "weight", None)
         dtype = torch.promote_types(W.dtype if isinstance(W, Tensor) and W.is_floating_point() else torch.float32, torch.float32)
+    if getattr(base, "groups", 1) != 1:
+        raise ValueError(f"a convolution with groups={base.groups} has no one input side to rotate; leave it out of targets")
     if transform == "lora":
-        adapter = LoRA(base.in_features, base.out_features, dtype=dtype, **options)
+        adapter = LoRA(*_shape(base), dtype=dtype, **options)
     else:
-        adapter = Rotation(base.in_features if side == "input" else base.out_features, P, transform, dtype=dtype, **options)
-    layer = LoRALinear if transform == "lora" else LOFTLinear
+        adapter = Rotation(_shape(base)[SIDES.index(side)], P, transform, dtype=dtype, **options)
+    layer = LOFTConv2d if isinstance(base, nn.Conv2d) else LoRALinear if transform == "lora" else LOFTLinear
     return layer(base, adapter.to(_device(base)), side, method, magnitude).train(base.training)
 
 
@@ -781,7 +801,7 @@ def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
     new = {}
     for name, spec in payload["layers"].items():
         layer, side, d = modules.get(name), spec["side"], spec["config"]["d"]
-        has = getattr(layer, "in_features" if side == "input" else "out_features", None)
+        has = (_shape(layer) or (None, None))[SIDES.index(side)] if layer is not None else None
         if layer is None:
             wrong.append(f"layer {name!r} is not in the model")
         elif adapted and name not in adapted:
@@ -849,7 +869,7 @@ def random(W: Tensor, r: int) -> Tensor:
 
 def _resolve_support(support, name: str, base: nn.Module, side: str, rank, transform: str, svd: str) -> tuple[Tensor | None, dict]:
     """The support of one layer, P (d, r) or None for all coordinates, and further options of its transform."""
-    d = base.in_features if side == "input" else base.out_features
+    d = _shape(base)[SIDES.index(side)]
     for what, value in (("rank", rank), ("support", support)):
         if isinstance(value, dict) and name not in value:
             raise ValueError(f"no {what} for this layer in the dict given")
@@ -872,8 +892,9 @@ def _resolve_support(support, name: str, base: nn.Module, side: str, rank, trans
     if not 1 <= r <= d:
         raise ValueError(f"rank={r} must be between 1 and the dimension, {d}")
     if support in ("principal", "minor", "random"):
-        if not isinstance(W := getattr(base, "weight", None), Tensor):
-            raise ValueError(f"a {type(base).__name__} has no weight tensor for support={support!r}; give a tensor")
+        if not isinstance(getattr(base, "weight", None), Tensor) or not base.weight.is_floating_point():
+            raise ValueError(f"a {type(base).__name__} has no floating weight for support={support!r}; give a tensor")
+        W = _matrix(base)
         if support == "minor":
             choose = importlib.import_module(__name__ + ".selectors").minor
         else:
@@ -911,6 +932,21 @@ def _matches(names: list[str], wanted) -> list[str]:
         if not any(f".{w}." in f".{n}." for n in names):
             raise ValueError(f"{w!r} is none of the model's names" + _nearest(w, names))
     return [n for n in names if any(f".{w}." in f".{n}." for w in wanted)]
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a layer that can be adapted: linear-like, transformers' Conv1D, or Conv2d with in = channels × kernel."""
+    if isinstance(module, nn.Conv2d):
+        return module.weight[0].numel(), module.out_channels
+    if isinstance(getattr(module, "nf", None), int):
+        return tuple(module.weight.shape)
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return shape if all(isinstance(n, int) for n in shape) else None
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in): Conv1D stores its transpose, a convolution (out, channels, height, width)."""
+    return module.weight.mT if hasattr(module, "nf") else module.weight.flatten(1)
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

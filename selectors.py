@@ -179,10 +179,10 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     found = _target_layers(model, targets)
     ranks = {n: rank[n] if isinstance(rank, dict) else rank for n in found}
     turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
-    W = lambda n: turn(_wide(found[n].weight))                                # float32 when asked for, never all at once
+    W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
     for n in found:
         try:
-            _rank(ranks[n], turn(found[n].weight))
+            _rank(ranks[n], turn(_matrix(found[n])))
         except ValueError as e:
             raise ValueError(f"layer {n!r}: {e}") from None
     generator, supports = torch.Generator().manual_seed(seed), Supports()
@@ -190,7 +190,7 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
         choose = {"random": lambda W, r: random(W, r, generator), "principal": principal, "minor": minor}[kind]
         return Supports({n: choose(W(n), ranks[n]) for n in found})
     batches = list(batches) if iter(batches) is batches else batches
-    dense = [n for n in found if (max(found[n].weight.shape) <= 1024 if exact is None else exact)]
+    dense = [n for n in found if (max(_matrix(found[n]).shape) <= 1024 if exact is None else exact)]
     if dense:
         sums = moments(model, batches, loss_fn, {n: found[n] for n in dense}, side if kind == "activation" else None)
         for n, M in sums.items():
@@ -270,7 +270,7 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
     Q = {n: _start(W(n), 1, min(r + oversample, W(n).shape[1]), generator) for n, r in ranks.items()}
     for i in range(passes):
         done = products({n: (Q[n], W(n) @ Q[n]) for n in Q})
-        SQ = {n: (W(n).mT @ GQ).sub_(GtWQ).div_(2) for n, (GQ, GtWQ) in done.items()}
+        SQ = {n: (W(n).mT @ GQ).sub_(GtWQ).div_(2) for n in list(done) for GQ, GtWQ in [done.pop(n)]}
         if i < passes - 1:
             Q = {n: _orthonormal(X) for n, X in SQ.items()}
     chosen, rough = {}, []
@@ -290,10 +290,11 @@ def scores(model: nn.Module, batches, loss_fn, supports: dict[str, Tensor], *, s
     """{layer: ‖PᵀSP‖_F} of given supports, in one pass of thin products: PᵀSP = ½ ((W0P)ᵀ(GP) − (GP)ᵀ(W0P))."""
     found, result = {n: model.get_submodule(n) for n in supports}, {}
     P = {n: _wide(X) for n, X in supports.items()}
-    empty = lambda n, i: P[n].new_zeros(found[n].weight.shape[i], 0)
+    empty = lambda n, i: P[n].new_zeros(_matrix(found[n]).shape[i], 0)
     pairs = {n: (P[n], empty(n, 0)) if side == "input" else (empty(n, 1), P[n]) for n in P}
     for n, (GA, GtB) in _thin_products(model, batches, loss_fn, found, pairs).items():
-        WP = (_wide(found[n].weight) if side == "input" else _wide(found[n].weight).mT) @ P[n]
+        W = _wide(_matrix(found[n]))
+        WP = (W if side == "input" else W.mT) @ P[n]
         M = WP.mT @ (GA if side == "input" else GtB)
         result[n] = ((M - M.mT) / 2).norm().item()
     return result
@@ -337,7 +338,7 @@ def allocate(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, m
     """
     found = _target_layers(model, targets)
     side = 0 if options.get("side") == "output" else 1
-    rank = {n: min(max_rank, m.weight.shape[side]) // 2 * 2 for n, m in found.items()}
+    rank = {n: min(max_rank, _matrix(m).shape[side]) // 2 * 2 for n, m in found.items()}
     return spend(select(model, batches, loss_fn, rank, "skew", found, **options).sigma, budget)
 
 
@@ -367,10 +368,10 @@ def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], se
     sums = {}
 
     def add(name, x, delta, y):
-        a, b = (delta, x) if second is None else (x, x) if second == "input" else (y, y)
+        a, b = (delta, x) if second is None else _counted(x if second == "input" else y, delta)
         sums[name] = sums[name].addmm_(a.mT, b) if name in sums else a.mT @ b
     _sweep(model, batches, loss_fn, layers, add)
-    return _reduce(sums, layers, lambda m: (m.weight.shape if second is None else [m.weight.shape[second == "input"]] * 2))
+    return _reduce(sums, layers, lambda m: (_matrix(m).shape if second is None else [_matrix(m).shape[second == "input"]] * 2))
 
 
 def _thin_products(model, batches, loss_fn, layers, pairs, second: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -382,17 +383,23 @@ def _thin_products(model, batches, loss_fn, layers, pairs, second: str | None = 
         if second is None:
             a, b = delta.mT @ (x @ A), x.mT @ (delta @ B)
         else:
-            rows, X = (x, A) if second == "input" else (y, B)
+            rows, X = _counted(x if second == "input" else y, delta)[0], A if second == "input" else B
             a = b = rows.mT @ (rows @ X)
         left[name], right[name] = (left[name] + a, right[name] + b) if name in left else (a, b)
     _sweep(model, batches, loss_fn, layers, add)
-    shape = lambda i, j: lambda n: (layers[n].weight.shape[i], pairs[n][j].shape[1])
+    shape = lambda i, j: lambda n: (_matrix(layers[n]).shape[i], pairs[n][j].shape[1])
     if second is None:
         shapes = shape(0, 0), shape(1, 1)
     else:
         shapes = [shape(1, 0) if second == "input" else shape(0, 1)] * 2
     left, right = (_reduce(part, {n: n for n in layers}, s, pairs) for part, s in zip((left, right), shapes))
     return {n: (left[n], right[n]) for n in left}
+
+
+def _counted(rows: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that the loss depends on, twice: a row with δ = 0 is padding."""
+    rows = rows[delta.any(dim=1)]
+    return rows, rows
 
 
 def _reduce(sums: dict[str, Tensor], layers: dict, shape, like=None) -> dict[str, Tensor]:
@@ -413,7 +420,7 @@ def _reduce(sums: dict[str, Tensor], layers: dict, shape, like=None) -> dict[str
 def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add) -> None:
     """Runs loss and backward on every batch, calling add(name, x, δ, y) with each layer's rows, float32 or wider.
 
-    Rows whose δ is zero (padding) are dropped. Parameters are frozen and the model in eval mode meanwhile.
+    Parameters are frozen and the model is in eval mode meanwhile.
     """
     def hook(name):
         def forward(module, args, y):
@@ -426,9 +433,7 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
 
             def backward(delta):
                 with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-                    d = _rows(delta)
-                    live = d.any(dim=1)
-                    add(name, _rows(x)[live], d[live], _rows(rows)[live])
+                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), _rows(rows, module, "output"))
             y.register_hook(backward)
             return y
         return forward
@@ -473,8 +478,21 @@ def _wide(X: Tensor) -> Tensor:
     return X.detach().to(torch.promote_types(X.dtype, torch.float32))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return _wide(x).flatten(0, -2) if x.ndim > 1 else _wide(x)[None]
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height, width)."""
+    return module.weight.mT if hasattr(module, "nf") else module.weight.flatten(1)
+
+
+def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
+    """Inputs or outputs of `module` as rows (n, features), float32 or wider; of a convolution, a row a position (its patch)."""
+    conv, x = getattr(module, "base", module), _wide(x)
+    if isinstance(conv, nn.Conv2d) and side == "output":
+        x = x.flatten(2).mT
+    elif isinstance(conv, nn.Conv2d):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        x = nn.functional.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride).mT
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
 def _unit(X: Tensor) -> Tensor:
@@ -514,7 +532,8 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     """The layers that `loft.target_layers` names: its twin, so that this file needs no other."""
     if isinstance(targets, dict):
         return targets
-    linear = {n: m for n, m in model.named_modules() if n and hasattr(m, "in_features") and hasattr(m, "out_features")}
+    linear = {n: m for n, m in model.named_modules() if n and (hasattr(m, "in_features") or hasattr(m, "nf") or
+                                                               isinstance(m, nn.Conv2d) and targets is not None)}
     linear = {n: m for n, m in linear.items() if n.removesuffix(".base") not in linear or not n.endswith(".base")}
     if targets is None:
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -3,6 +3,8 @@
     python -m pytest                                   # or pytest; peft and transformers are used where installed
 """
 import copy
+import hashlib
+import io
 import json
 import math
 import os
@@ -567,34 +569,83 @@ def test_a_module_that_reads_weight_directly_is_not_bypassed():
 
 
 def test_copies_and_dtypes():
+    """.bfloat16() after adapt: the layers are rounded, the rotation keeps its precision and its promise."""
     model, (x, _) = stir(loft.adapt(network(), rank=4)), data()
     assert torch.equal(copy.deepcopy(model)(x), model(x))
-    assert model.bfloat16()(x.bfloat16()).isfinite().all()
+    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert model[0].base.weight.dtype == torch.bfloat16 and model[0].rotation.P.dtype == torch.float32
+    assert max(loft.orthogonality_error(model).values()) < 1e-5
 
 
-def test_real_transformer_from_transformers():
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+@pytest.mark.parametrize("side", loft.SIDES)
+@pytest.mark.parametrize("options", [dict(), dict(method="oft", block_size=2, magnitude=True), dict(method="hra", rank=4), dict(padding_mode="reflect")])
+def test_convolutions(options, side):
+    """A Conv2d is its kernel as a matrix, (out, channels × height × width): geometry, exactness, selection, merge."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
-    model.eval()
+    options = dict(options)
+    conv = nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, dilation=(1, 2), padding_mode=options.pop("padding_mode", "zeros"))
+    model, x = nn.Sequential(conv, nn.Tanh(), nn.Conv2d(6, 2, 1)).double(), torch.randn(3, 4, 9, 8).double()
+    loss, before = lambda model, x: model(x).square().sum(), model(x)
+    if not options:
+        g, = torch.autograd.grad(loss(model, x), model[0].weight)
+        G = selectors.moments(model, [x], loss, {"0": model[0]})["0"]
+        torch.testing.assert_close(G, g.flatten(1), atol=1e-10, rtol=0)
+        options = dict(support=selectors.select(model, [x], loss, 4, targets="0", side=side))
+    loft.adapt(model, "0", side=side, **options)
+    assert torch.equal(model(x), before)
+    stir(model)
+    adapted, W0, W = model(x), model[0].base.weight, model[0].weight
+    if "magnitude" not in options:
+        torch.testing.assert_close(torch.linalg.svdvals(W.flatten(1)), torch.linalg.svdvals(W0.flatten(1)), atol=1e-12, rtol=0)
+    torch.testing.assert_close(loft.merge(model)(x), adapted, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="layer '0': a convolution with groups=2"):
+        loft.adapt(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Linear(3, 3)), ["0"], rank=2)
+
+
+def real_models():
+    """Real classes of transformers with small random configurations, and a batch for each."""
+    from transformers import (BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                              Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTForImageClassification)
     tokens = torch.randint(0, 64, (2, 16))
-    lm_loss = lambda model, tokens: model(input_ids=tokens, labels=tokens).loss
-    before = model(tokens).logits
-    supports = selectors.select(model, [tokens], lm_loss, rank=8)
-    assert len(supports) == 14 and not any("lm_head" in name for name in supports)
+    small = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = dict(input_ids=tokens, labels=tokens)
+    return {
+        "llama": (lambda: LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2)), text, 14),
+        "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(**small, num_key_value_heads=2, tie_word_embeddings=True)), text, 14),
+        "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)), text, 8),
+        "bert": (lambda: BertForSequenceClassification(BertConfig(**small)), dict(input_ids=tokens, labels=torch.tensor([0, 1])), 13),
+        "vit": (lambda: ViTForImageClassification(ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                            image_size=16, patch_size=8)),
+                dict(pixel_values=torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1])), 12),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "bert", "vit"])
+def test_real_models_from_transformers(name, tmp_path):
+    """Selection, exactness, a few steps of training, the file, the merge: Conv1D, tied heads, biases and all."""
+    pytest.importorskip("transformers", reason="pip install transformers")
+    torch.manual_seed(0)
+    build, batch, count = real_models()[name]
+    model = build().eval()
+    fresh, loss = copy.deepcopy(model), lambda model, batch: model(**batch).loss
+    before = model(**batch).logits
+    targets = "dense|query|key|value|projection|fc" if name == "vit" else None           # for ViT the patch convolution too
+    supports = selectors.select(model, [batch], loss, 8, targets=targets)
+    assert targets or len(supports) == count and not any(n.endswith(("lm_head", "classifier")) for n in supports)
     loft.adapt(model, support=supports)
-    assert torch.equal(model(tokens).logits, before)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    losses = []
-    for _ in range(5):
-        losses.append(lm_loss(model, tokens))
+    assert torch.equal(model(**batch).logits, before)
+    optimizer, losses = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 5e-3), []
+    for _ in range(4):
+        losses.append(loss(model, batch))
         losses[-1].backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    adapted = model(tokens).logits
-    torch.testing.assert_close(loft.merge(model)(tokens).logits, adapted, atol=1e-5, rtol=1e-5)
+    adapted = model(**batch).logits
+    loft.save(model, tmp_path / "a.pt")
+    assert torch.equal(loft.load(fresh, tmp_path / "a.pt")(**batch).logits, adapted)
+    torch.testing.assert_close(loft.merge(model)(**batch).logits, adapted, atol=1e-5, rtol=1e-5)
 
 
 BAD_SUPPORT = torch.ones(12, 4)
@@ -1065,6 +1116,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
             loft.load(network(), path)
     with pytest.raises(FileNotFoundError):
         loft.load(network(), tmp_path / "absent.pt")
+    buffer = io.BytesIO()                                                     # pickled code under a right checksum is not run
+    torch.save({"format": "loft", "version": 1, "layers": os.getcwd}, buffer)
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    with pytest.raises(ValueError, match="not a LOFT adapter file"):
+        loft.load(network(), path)
 
 
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
