@@ -381,9 +381,11 @@ class LOFTLinear(nn.Module):
     weight and never calls forward (nn.MultiheadAttention's out_proj, say) still sees, and trains, the rotation.
     magnitude=True adds a learned scale for every output, s (out,), ones at the start (in OFT and BOFT).
     `past` is the product of the rotations before the last `refresh`: W = W0 R_past R, or R R_past W0.
+    A second adapter wraps the first: its `base` is the LOFTLinear of the one put on before, and W0 that one's weight.
     """
 
-    def __init__(self, base: nn.Module, rotation: nn.Module, side: str = "input", method: str = "loft", magnitude: bool = False):
+    def __init__(self, base: nn.Module, rotation: nn.Module, side: str = "input", method: str = "loft", magnitude: bool = False,
+                 name: str = "default"):
         super().__init__()
         if side not in SIDES:
             raise ValueError(_unknown("side", side, SIDES))
@@ -391,7 +393,7 @@ class LOFTLinear(nn.Module):
         d = self.in_features if side == "input" else self.out_features
         if rotation.d != d:
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
-        self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
+        self.base, self.rotation, self.side, self.method, self.name, self.enabled = base, rotation, side, method, name, True
         self.magnitude = nn.Parameter(torch.ones(self.out_features, dtype=rotation.dtype, device=rotation.device)) if magnitude else None
         self.past: Rotation | None = None
 
@@ -401,13 +403,14 @@ class LOFTLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The rotated weight diag(s) W0 R or diag(s) R W0, in W0's dtype and layout, differentiable."""
-        W0 = self.base.weight
-        if not self.enabled:
-            return W0
+        return self.exact_weight().to(self.base.weight.dtype) if self.enabled else self.base.weight
+
+    def exact_weight(self) -> Tensor:
+        """The rotated weight in W0's layout, in the rotation's precision."""
         W = _matrix(self.base) if self.past is None else self.past.rotate(_matrix(self.base), self.side)
         W = self.rotation.rotate(W, self.side)
         W = W if self.magnitude is None else self.magnitude[:, None] * W
-        return (W.mT if hasattr(self, "nf") else W.view(W0.shape)).to(W0.dtype)
+        return W.mT if hasattr(self, "nf") else W.view(self.base.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -420,6 +423,7 @@ class LOFTLinear(nn.Module):
     def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rotated layer's output and its bias b."""
         b = getattr(self.base, "bias", None)
+        b = b() if callable(b) else b                                         # a method in torch.ao's quantised layers
         if self.side == "input":
             x = self.rotation(x)
             return self.base(x if self.past is None else self.past(x)), b     # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
@@ -433,14 +437,17 @@ class LOFTLinear(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
 
     def extra_repr(self) -> str:
-        return f"side={self.side}"
+        return f"{self.name}, side={self.side}"
 
 
 class LOFTConv2d(LOFTLinear):
     """A convolution with its kernel, as a matrix (out, channels × height × width), rotated: one thin product a forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base._conv_forward(x, self.weight, self.base.bias)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.base._conv_forward(x, weight, bias)
 
 
 class LoRA(nn.Module):
@@ -480,7 +487,7 @@ Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
           support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
           magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: Targets = (), seed: int = 0,
-          **options) -> nn.Module:
+          name: str = "default", **options) -> nn.Module:
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
     Args:
@@ -499,6 +506,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
             the singular values are split evenly between the two factors (see `Rotation`'s gauge).
         trainable: further parameters that stay trainable, by name: a regex or a list, as in `targets`.
         seed: of random supports and of initial reflections.
+        name: of this adapter. A second one, of another name, is put on top of the first (W0 R_1 R_2), which is frozen.
     Returns:
         the model itself.
     Raises:
@@ -508,8 +516,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         raise ValueError(_unknown("method", method, METHODS))
     if side not in SIDES:
         raise ValueError(_unknown("side", side, SIDES))
-    if adapted := [name for name, _ in layers(model)]:
-        raise ValueError(f"the model is already adapted ({adapted[0]} and {len(adapted) - 1} more); merge it first")
+    if adapted := [n for n, _ in layers(model, name)]:
+        raise ValueError(f"the model already has an adapter {name!r} (on {adapted[0]} and {len(adapted) - 1} more layers); "
+                         "merge it first, or give this one another name")
     preset = METHODS[method]
     support = preset["support"] if support is None else support
     transform = transform or preset["transform"]
@@ -519,30 +528,30 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     if isinstance(support, dict) and targets is None:
         targets = list(support)
     found = target_layers(model, targets)
-    keep = _matches([name for name, _ in model.named_parameters()], trainable)
+    keep = _matches([n for n, _ in model.named_parameters()], trainable)
 
     wrapped = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for name, base in found.items():
+        for n, base in found.items():
             try:
-                P, extra = _resolve_support(support, name, base, side, rank, transform, svd)
+                P, extra = _resolve_support(support, n, base, side, rank, transform, svd)
                 if symmetric:                                                 # σ_i = ‖W0 p_i‖ for singular vectors p_i
                     if P is None:
                         raise ValueError("symmetric=True splits the singular values of a support; there is none")
                     W = _matrix(base) if side == "input" else _matrix(base).mT
                     extra["gauge"] = (W.to(P.dtype) @ P).norm(dim=0).sqrt()
-                layer = _build(base, method, side, P, magnitude, transform, {**options, **extra})
+                layer = _build(base, name, method, side, P, magnitude, transform, {**options, **extra})
                 if not sum(p.numel() for p in layer.rotation.parameters()):
                     raise ValueError(f"a {layer.rotation.r} × {layer.rotation.r} {transform!r} has no parameters, so "
                                      "nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
-                wrapped[name] = layer
+                wrapped[base] = layer
             except (ValueError, TypeError) as e:
-                raise type(e)(f"layer {name!r}: {e}") from None
+                raise type(e)(f"layer {n!r}: {e}") from None
 
-    for name, p in model.named_parameters():                                  # from here on nothing can fail
-        p.requires_grad_(name in keep)
-    _replace(model, {found[name]: layer for name, layer in wrapped.items()})
+    for n, p in model.named_parameters():                                     # from here on nothing can fail
+        p.requires_grad_(n in keep)
+    _replace(model, wrapped)
     return model
 
 
@@ -554,9 +563,10 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
     layer that shares its weight with an embedding or is called lm_head, head, classifier or score; where there is
     none of these, the last linear layer.
     """
-    linear = {n: m for n, m in model.named_modules() if n and _shape(m) and not isinstance(m, LOFTLinear)}
+    inner = {m.base for m in model.modules() if isinstance(m, LOFTLinear)}     # an adapted layer is the outermost wrapper
+    linear = {n: m for n, m in model.named_modules() if n and _shape(m) and m not in inner}
     if targets is None:
-        linear = {n: m for n, m in linear.items() if not isinstance(m, nn.Conv2d)}
+        linear = {n: m for n, m in linear.items() if not isinstance(m, (nn.Conv2d, LOFTConv2d))}
     if not linear:
         raise ValueError("the model has no linear layer inside it (to adapt a bare layer, wrap it: loft.LOFTLinear)")
     if targets is None:
@@ -578,44 +588,98 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
     return {n: linear[n] for n in names}
 
 
-def layers(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
-    """(name, layer) of every adapted layer."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, LOFTLinear)]
+def layers(model: nn.Module, name: str | None = None) -> list[tuple[str, LOFTLinear]]:
+    """(name, layer) of every adapted layer, of one adapter or of all; of several on one layer, the last put on comes first."""
+    found = {}
+    for n, m in model.named_modules():
+        if isinstance(m, LOFTLinear):
+            parent = n.removesuffix(".base")
+            found[n] = (found[parent][0] if n != parent and parent in found else n, m)
+    return [(n, m) for n, m in found.values() if name in (None, m.name)]
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
-    found = layers(model)
+def _adapted(model: nn.Module, name: str | None = None) -> list[tuple[str, LOFTLinear]]:
+    found = layers(model, name)
     if not found:
-        raise ValueError("the model is not adapted: call loft.adapt (or loft.load) first")
+        names = ", ".join(sorted({m.name for _, m in layers(model)}))
+        raise ValueError(f"the model has no adapter {name!r}, it has: {names}" if names else
+                         "the model is not adapted: call loft.adapt (or loft.load) first")
     return found
 
 
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Folds every rotation into its weight, in place, and puts the plain layers back (still frozen). Returns the model.
+def _one(model: nn.Module, name: str | None) -> list[tuple[str, LOFTLinear]]:
+    """The layers of one adapter, which has to be named where there are several."""
+    names = {m.name for _, m in _adapted(model, name)}
+    if len(names) > 1:
+        raise ValueError(f"the model has several adapters, {', '.join(sorted(names))}: say which by name=")
+    return _adapted(model, name)
 
-    Computed in float32 or wider, so it equals the adapted model to rounding in the weight's dtype. A weight that is
-    shared with another layer (a tied head) is not touched: the merged layer gets its own.
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """Folds rotations into their weights, in place, and puts the plain layers back (still frozen). Returns the model.
+
+    Computed in float32 or wider, so it equals the adapted model to rounding in the weight's dtype (`merge_error` says how
+    much that is in bf16), or in `dtype`. A weight that is shared with another layer (a tied head) is not touched: the
+    merged layer gets its own. All adapters, the first put on first, or the one called `name`, if nothing lies under it.
     """
-    found = _adapted(model)
-    for name, layer in found:
-        if not (isinstance(getattr(layer.base, "weight", None), Tensor) and layer.base.weight.is_floating_point()):
-            raise ValueError(f"layer {name!r}: a {type(layer.base).__name__} has no floating weight to merge into; "
-                             "keep it adapted")
-    for name, layer in found:                                                 # one by one: at any moment the model computes the same
+    found = _adapted(model, name)[::-1]
+    for n, layer in found:
+        weight = getattr(_plain(layer), "weight", None)
+        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+            raise ValueError(f"layer {n!r}: a {type(_plain(layer)).__name__} has no floating weight to merge into; keep it adapted")
+        if name is not None and isinstance(layer.base, LOFTLinear):
+            raise ValueError(f"layer {n!r}: adapter {layer.base.name!r} lies under {name!r}; merge that one first")
+    for n, layer in found:                                                    # one by one: at any moment the model computes the same
         layer.enabled = True
-        weight = layer.weight
+        weight = layer.exact_weight().to(dtype or layer.base.weight.dtype)
         if not weight.isfinite().all():
-            raise ValueError(f"layer {name!r}: its rotation is not finite, so it is left as it is")
+            raise ValueError(f"layer {n!r}: its rotation is not finite, so it is left as it is")
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
         _replace(model, {layer: layer.base})
     return model
 
 
+def _plain(layer: nn.Module) -> nn.Module:
+    """The layer under all adapters."""
+    while isinstance(layer, LOFTLinear):
+        layer = layer.base
+    return layer
+
+
+@torch.no_grad()
+def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float]:
+    """{layer: ‖round(W) − W‖_F / ‖W − W0‖_F}: how much of what was learned a merge into the weight's dtype (or `dtype`) rounds away."""
+    errors = {}
+    for n, layer in _adapted(model):
+        W, W0 = layer.exact_weight(), layer.base.weight
+        rounded, learned = W.to(dtype or W0.dtype).to(W.dtype), (W - W0.to(W.dtype)).norm()
+        errors[n] = ((rounded - W).norm() / learned).item() if learned else 0.0
+    return errors
+
+
 @contextlib.contextmanager
-def disabled(model: nn.Module):
-    """Inside `with loft.disabled(model):` the model is the one before adaptation."""
-    found = _adapted(model)
+def merged(model: nn.Module):
+    """Inside `with loft.merged(model):` the rotations are folded into the weights, at the speed of the plain model; afterwards
+    the weights are what they were, bit for bit (they are kept meanwhile: one more copy of the adapted weights)."""
+    outermost = [m for _, m in _adapted(model) if not any(o.base is m for _, o in layers(model))]
+    kept = [(_plain(m), _plain(m).weight) for m in outermost]
+    with torch.no_grad():
+        weights = [m.weight for m in outermost]
+    try:
+        with disabled(model):
+            for (base, W0), W in zip(kept, weights):
+                base.weight = nn.Parameter(W, requires_grad=W0.requires_grad)
+            yield model
+    finally:
+        for base, W0 in kept:
+            base.weight = W0
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module, name: str | None = None):
+    """Inside `with loft.disabled(model):` the model is the one before adaptation (or before that of one adapter)."""
+    found = _adapted(model, name)
     was = [layer.enabled for _, layer in found]
     try:
         for _, layer in found:
@@ -626,14 +690,27 @@ def disabled(model: nn.Module):
             layer.enabled = enabled
 
 
+def use(model: nn.Module, *names: str) -> nn.Module:
+    """Switches the adapters called `names` on and all others off."""
+    for name in names:
+        _adapted(model, name)
+    for _, layer in layers(model):
+        layer.enabled = layer.name in names
+    return model
+
+
 def orthogonality_error(model: nn.Module) -> dict[str, float]:
-    """{layer: max |RᵀR − I| on its support, in float64}; after a `refresh`, the larger of the two rotations'."""
-    return {name: max(R.orthogonality_error() for R in (layer.rotation, layer.past) if R is not None)
-            for name, layer in _adapted(model)}
+    """{layer: max |RᵀR − I| on its support, in float64}; the largest where there are several rotations."""
+    errors: dict[str, float] = {}
+    for n, layer in _adapted(model):
+        for R in (layer.rotation, layer.past):
+            errors[n] = max(errors.get(n, 0.0), R.orthogonality_error() if R is not None else 0.0)
+    return errors
 
 
 @torch.no_grad()
-def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None, *,
+            name: str | None = None) -> nn.Module:
     """Puts the learned rotations behind, as R_past ← R_past R (input side; R R_past on the output side), and starts
     anew from the identity in another support, which `selectors.select` chooses at this very point:
 
@@ -646,22 +723,22 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
     In `optimizer` the new generators take the place of the old, with no state: moments are kept per entry of a
     generator, and in another support an entry is another plane.
     """
-    found = dict(_adapted(model))
+    found = dict(_one(model, name))
     if unknown := [n for n in support if n not in found]:
         raise ValueError(f"layer {unknown[0]!r} is not adapted; adapted are: {', '.join(found)}")
     new = {}
-    for name, P in support.items():
-        layer, old = found[name], found[name].rotation
+    for n, P in support.items():
+        layer, old = found[n], found[n].rotation
         try:
             if getattr(old, "P", None) is None:
                 raise ValueError(f"method {layer.method!r} has no support to refresh")
             rotation = Rotation(old.d, P, dtype=old.dtype, **{k: v for k, v in old.config.items() if k != "d"}).to(old.device)
             both = (layer.past, old) if layer.side == "input" else (old, layer.past)
-            new[name] = rotation, _product(*(R for R in both if R is not None))
+            new[n] = rotation, _product(*(R for R in both if R is not None))
         except ValueError as e:
-            raise ValueError(f"layer {name!r}: {e}") from None
-    for name, (rotation, past) in new.items():
-        layer = found[name]
+            raise ValueError(f"layer {n!r}: {e}") from None
+    for n, (rotation, past) in new.items():
+        layer = found[n]
         swap = dict(zip(layer.rotation.parameters(), rotation.parameters()))
         for group in optimizer.param_groups if optimizer else ():
             group["params"] = [swap.get(p, p) for p in group["params"]]
@@ -704,14 +781,15 @@ def regularizer(model: nn.Module) -> Tensor:
     return sum(terms, torch.zeros((), device=_device(model)))
 
 
-def save(model: nn.Module, path) -> None:
-    """Writes the adapter (supports, generators, settings) and whatever else of the model is trainable to `path`.
+def save(model: nn.Module, path, *, name: str | None = None) -> None:
+    """Writes the adapter (supports, generators, settings; of several, the one called `name`) and whatever else of the model
+    is trainable to `path`.
 
     Written beside `path` and then moved over it: an interrupted save leaves the older file. P itself is stored,
     since a support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's,
     followed by the SHA-256 of its bytes.
     """
-    payload = _payload(model)
+    payload = _payload(model, name)
     torch.save(payload, buffer := io.BytesIO())
     path, data = os.fspath(path), buffer.getvalue()
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
@@ -726,8 +804,9 @@ def save(model: nn.Module, path) -> None:
         raise
 
 
-def load(model: nn.Module, path) -> nn.Module:
-    """Puts the adapter at `path` on `model`: a plain model is adapted as the file says, an adapted one must agree.
+def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
+    """Puts the adapter at `path` on `model` under `name`: put on new, as the file says, or into one of that name, which
+    must agree.
 
     Nothing is executed from the file (weights_only). Everything is checked before the model is touched.
     Raises ValueError naming each layer, shape or setting that differs, or saying that the file is not an adapter.
@@ -743,7 +822,7 @@ def load(model: nn.Module, path) -> nn.Module:
         raise ValueError(f"{path} is not a LOFT adapter file: {str(e).splitlines()[0]}") from e
     if (payload.get("format"), payload.get("version")) != ("loft", 1):
         raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
-    return _attach(model, payload, path)
+    return _attach(model, payload, path, name)
 
 
 def from_peft(source, model: nn.Module | None = None) -> nn.Module:
@@ -756,7 +835,7 @@ def from_peft(source, model: nn.Module | None = None) -> nn.Module:
     """
     interop = importlib.import_module(__name__ + ".interop")
     model, payload = interop.read_peft(source, model)
-    return _attach(model, payload, "the peft adapter")
+    return _attach(model, payload, "the peft adapter", "default")
 
 
 def to_peft(model: nn.Module, path) -> None:
@@ -765,20 +844,20 @@ def to_peft(model: nn.Module, path) -> None:
     importlib.import_module(__name__ + ".interop").write_peft(_payload(model), weights, path)
 
 
-def _payload(model: nn.Module) -> dict:
+def _payload(model: nn.Module, name: str | None = None) -> dict:
     """What `save` writes: plain containers and tensors."""
-    found = _adapted(model)
-    inside = {id(p) for _, layer in found for k, p in layer.named_parameters() if not k.startswith("base.")}
+    found = _one(model, name)
+    inside = {id(p) for _, layer in layers(model) for k, p in layer.named_parameters() if not k.startswith("base.")}
     return {
         "format": "loft", "version": 1,
-        "layers": {name: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
-                              dtype=str(layer.rotation.dtype).removeprefix("torch."),
-                              state={k: v.cpu() for k, v in layer.adapter_state().items()}) for name, layer in found},
+        "layers": {n: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
+                           dtype=str(layer.rotation.dtype).removeprefix("torch."),
+                           state={k: v.cpu() for k, v in layer.adapter_state().items()}) for n, layer in found},
         "trainable": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside},
     }
 
 
-def _build(base: nn.Module, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
+def _build(base: nn.Module, name: str, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
            dtype: torch.dtype | None = None) -> LOFTLinear:
     """One wrapped layer, in the precision of its weight (float32 at least) and on its device."""
     if dtype is None:
@@ -790,17 +869,17 @@ def _build(base: nn.Module, method: str, side: str, P: Tensor | None, magnitude:
         adapter = LoRA(*_shape(base), dtype=dtype, **options)
     else:
         adapter = Rotation(_shape(base)[SIDES.index(side)], P, transform, dtype=dtype, **options)
-    layer = LOFTConv2d if isinstance(base, nn.Conv2d) else LoRALinear if transform == "lora" else LOFTLinear
-    return layer(base, adapter.to(_device(base)), side, method, magnitude).train(base.training)
+    layer = LOFTConv2d if isinstance(base, (nn.Conv2d, LOFTConv2d)) else LoRALinear if transform == "lora" else LOFTLinear
+    return layer(base, adapter.to(_device(base)), side, method, magnitude, name).train(base.training)
 
 
-def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
-    """Puts a `_payload` on a plain model, or into an adapted one that agrees with it; all or nothing."""
-    modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model))
+def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Module:
+    """Puts a `_payload` on the model as a new adapter, or into the one of that name if it agrees; all or nothing."""
+    modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model, adapter))
     wrong = [f"layer {n!r} is adapted in the model but not in the file" for n in adapted if n not in payload["layers"]]
     new = {}
     for name, spec in payload["layers"].items():
-        layer, side, d = modules.get(name), spec["side"], spec["config"]["d"]
+        layer, side, d = adapted.get(name, modules.get(name)), spec["side"], spec["config"]["d"]
         has = (_shape(layer) or (None, None))[SIDES.index(side)] if layer is not None else None
         if layer is None:
             wrong.append(f"layer {name!r} is not in the model")
@@ -813,7 +892,7 @@ def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
             options = {k: v for k, v in spec["config"].items() if k not in ("d", "out", "transform")}
             options |= {"gauge": state["rotation.gauge"]} if "rotation.gauge" in state else {}
             base = layer.base if adapted else layer
-            built = _build(base, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
+            built = _build(base, adapter, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
                            spec["config"]["transform"], options, getattr(torch, spec["dtype"]))
             if "past.P" in state:
                 built.past = Rotation(d, state["past.P"], "fixed", dtype=built.rotation.dtype).to(_device(base))
