@@ -354,6 +354,12 @@ class Rotation(nn.Module):
             return W + (D @ W if P is None else P @ (D @ (P.mT @ W)))
         return W + (W @ D if P is None else (W @ P) @ D @ P.mT)
 
+    @property
+    def strict(self) -> bool:
+        """Whether R is meant to be orthogonal: not with scaling vectors, qGOFT's relaxation or a truncated series."""
+        T = self.transform
+        return self.alpha is None and self.gauge is None and not getattr(T, "relaxed", False) and getattr(T, "map", "") != "cayley_neumann"
+
     @torch.no_grad()
     def orthogonality_error(self) -> float:
         """max |RᵀR − I| on the support, in float64: with D = T − I,  Pᵀ(RᵀR − I)P = D + Dᵀ + Dᵀ(PᵀP)D  (PᵀP ≈ I)."""
@@ -461,6 +467,7 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(out, rank, dtype=dtype))
 
     dtype, device = property(lambda self: self.A.dtype), property(lambda self: self.A.device)
+    strict = False
 
     def rotate(self, W: Tensor, side: str) -> Tensor:
         return W.to(self.dtype) + self.scaling * self.B @ self.A
@@ -625,8 +632,7 @@ def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None =
     """
     found = _adapted(model, name)[::-1]
     for n, layer in found:
-        weight = getattr(_plain(layer), "weight", None)
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        if not _mergeable(layer):
             raise ValueError(f"layer {n!r}: a {type(_plain(layer)).__name__} has no floating weight to merge into; keep it adapted")
         if name is not None and isinstance(layer.base, LOFTLinear):
             raise ValueError(f"layer {n!r}: adapter {layer.base.name!r} lies under {name!r}; merge that one first")
@@ -638,6 +644,11 @@ def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None =
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
         _replace(model, {layer: layer.base})
     return model
+
+
+def _mergeable(layer: nn.Module) -> bool:
+    weight = getattr(_plain(layer), "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point()
 
 
 def _plain(layer: nn.Module) -> nn.Module:
@@ -706,6 +717,57 @@ def orthogonality_error(model: nn.Module) -> dict[str, float]:
         for R in (layer.rotation, layer.past):
             errors[n] = max(errors.get(n, 0.0), R.orthogonality_error() if R is not None else 0.0)
     return errors
+
+
+def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str, str]:
+    """{layer: what is wrong with its adapter}; empty when every one is reached, gets gradient, merges and is orthogonal.
+
+    Args:
+        batch: what the model takes (a tensor, a tuple of arguments or a dict of keywords), or what loss_fn(model, batch)
+            takes; without loss_fn the gradient is that of a random linear function of the output.
+    The entry "" speaks of the model as a whole: its output with merged weights against the adapted one.
+    """
+    def run():
+        out = (loss_fn(model, batch) if loss_fn else model(**batch) if isinstance(batch, dict) else
+               model(*batch) if isinstance(batch, tuple) else model(batch))
+        return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    found, reached, modes = _adapted(model), set(), [(m, m.training) for m in model.modules()]
+    handles = [m.register_forward_hook(lambda m, *_: reached.add(m)) for _, m in found]
+    try:
+        model.eval()
+        with torch.enable_grad():
+            out, generator = run(), torch.Generator().manual_seed(0)
+            loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in out)
+        wrong = {n: problem for n, m in found if (problem := _problem(m, m in reached, loss))}
+        if all(_mergeable(m) for _, m in found):
+            with merged(model), torch.no_grad():
+                folded = run()
+            for a, b in zip(folded, out):
+                if (a - b).abs().max() > {torch.float64: 1e-10, torch.float32: 1e-4}.get(a.dtype, 0.05) * b.abs().max():
+                    wrong[""] = f"with merged weights the output differs by {(a - b).abs().max():.0e}"
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, mode in modes:
+            m.training = mode
+    return wrong
+
+
+def _problem(layer: LOFTLinear, reached: bool, loss: Tensor) -> str | None:
+    own = [p for k, p in layer.named_parameters() if not k.startswith("base.") and p.requires_grad]
+    grads = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True) if own and loss.requires_grad else []
+    if not layer.enabled:
+        return "it is switched off (see loft.use)"
+    if not own:
+        return "none of its parameters require grad"
+    if all(g is None for g in grads):
+        return "it is reached, but gets no gradient" if reached else "it is never reached: its layer is bypassed, or not used for this batch"
+    if not all(g.isfinite().all() for g in grads if g is not None):
+        return "its gradient is not finite"
+    if layer.rotation.strict and (error := layer.rotation.orthogonality_error()) > 1e-5:
+        return f"|RᵀR − I| = {error:.0e}"
+    return None
 
 
 @torch.no_grad()
@@ -971,7 +1033,7 @@ def _resolve_support(support, name: str, base: nn.Module, side: str, rank, trans
     if not 1 <= r <= d:
         raise ValueError(f"rank={r} must be between 1 and the dimension, {d}")
     if support in ("principal", "minor", "random"):
-        if not isinstance(getattr(base, "weight", None), Tensor) or not base.weight.is_floating_point():
+        if not _mergeable(base):
             raise ValueError(f"a {type(base).__name__} has no floating weight for support={support!r}; give a tensor")
         W = _matrix(base)
         if support == "minor":

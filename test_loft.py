@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import loft
 from loft import selectors
 
 HERE = Path(__file__).parent
-settings.register_profile("loft", max_examples=40, deadline=None, derandomize=True)
+settings.register_profile("loft", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("loft")
 
 METHODS_AND_SIDES = [(m, s) for m in loft.METHODS for s in loft.SIDES if (m, s) != ("lora", "output")]
@@ -85,6 +86,31 @@ def test_R_is_orthogonal_for_tiny_and_huge_generators(transform, r, exponent, dt
 def test_R_is_orthogonal_at_large_rank(r, exponent):
     for dtype in TOLERANCE:
         assert rotation(r, r, dtype=dtype, scale=10.0 ** exponent).orthogonality_error() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lr", [0.5, 1e3])
+def test_ten_thousand_steps_at_absurd_learning_rates(dtype, lr):
+    """Whatever an optimizer does to the generator, R stays orthogonal: nothing drifts, for nothing is accumulated."""
+    torch.manual_seed(0)
+    R = rotation(12, 8, dtype=dtype)
+    optimizer, target = torch.optim.Adam(R.parameters(), lr), torch.randn(12, 12, dtype=dtype)
+    for _ in range(10_000 if dtype == torch.float64 and lr == 0.5 else 1_000):
+        optimizer.zero_grad()
+        (R.matrix() - target).square().sum().backward()
+        optimizer.step()
+    assert R.orthogonality_error() <= TOLERANCE[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ORTHOGONAL)
+def test_R_is_orthogonal_in_4096_dimensions(transform):
+    for exponent in (-8, 0, 6):
+        for dtype in TOLERANCE:
+            R = rotation(4096, 512, transform, dtype, scale=10.0 ** exponent, **({"reflections": 512} if transform == "householder" else {}))
+            assert R.orthogonality_error() <= TOLERANCE[dtype]
+            x = torch.randn(4, 4096, dtype=dtype)
+            torch.testing.assert_close(R(x).norm(dim=1), x.norm(dim=1))
 
 
 @given(d=st.integers(2, 40), seed=seeds, transform=st.sampled_from(["cayley", "expm", "householder"]))
@@ -747,6 +773,47 @@ def test_what_a_merge_in_bf16_rounds_away():
     assert (rounded - exact).norm() / exact.norm() < 2 ** -8
 
 
+def test_the_fast_path_of_transformer_encoder_layers():
+    """In eval mode under no_grad torch calls a fused kernel with the layers' weights: it gets the rotated ones."""
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+    stir(loft.adapt(layer, "linear|out_proj", rank=4))
+    with torch.no_grad():
+        fast = layer(x)
+    slow = layer(x)
+    assert slow.grad_fn is not None and fast.grad_fn is None
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+    assert not loft.check(layer, x)
+    torch.testing.assert_close(loft.merge(layer)(x), slow, atol=1e-5, rtol=0)
+
+
+def test_check_names_what_is_wrong():
+    class Bypass(nn.Module):
+        """Keeps hold of a weight, and never calls one of its layers."""
+
+        def __init__(self):
+            super().__init__()
+            self.good, self.held, self.unused, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+            self.detached = nn.Linear(12, 12)
+            self.held_weight = [self.held.weight]
+
+        def forward(self, x):
+            return self.head(F.linear(torch.tanh(self.good(x)), self.held_weight[0]) + self.detached(x).detach())
+
+    torch.manual_seed(0)
+    model, batch = loft.adapt(Bypass(), rank=4), data()
+    found = loft.check(model, batch[0])
+    assert set(found) == {"held", "unused", "detached"} and model.training
+    assert "never reached" in found["held"] and "no gradient" in found["detached"]
+    assert loft.check(model, batch, cross_entropy) == found
+    good = stir(loft.adapt(network(), rank=4))
+    assert loft.check(good, batch[0]) == loft.check(good, (batch[0],)) == {}
+    with torch.no_grad():
+        good[0].rotation.P.mul_(1.01)
+    assert loft.check(good, batch[0]).keys() == {"0"}
+    assert "switched off" in loft.check(loft.use(good), batch[0])["0"]
+
+
 class Int8Linear(nn.Module):
     """A frozen quantised layer as people write them: int8 weight, one scale, no floating weight to look at."""
 
@@ -1223,6 +1290,24 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         loft.load(network(), path)
 
 
+def test_fuzzed_files_load_exactly_or_not_at_all(tmp_path):
+    """600 random byte flips and truncations: a clear error every time, and the model untouched."""
+    path, model = tmp_path / "a.pt", network()
+    loft.save(stir(loft.adapt(copy.deepcopy(model), rank=4)), path)
+    whole, generator = path.read_bytes(), random.Random(0)
+    for _ in range(600):
+        bad = bytearray(whole)
+        if generator.random() < 0.3:
+            bad = bad[:generator.randrange(len(bad))]
+        for _ in range(generator.randint(1, 4)) if len(bad) == len(whole) else ():
+            bad[generator.randrange(len(bad))] ^= 1 << generator.randrange(8)
+        path.write_bytes(bad)
+        if bytes(bad) != whole:
+            with pytest.raises(ValueError, match="not a LOFT adapter file, or is damaged"):
+                loft.load(model, path)
+    assert not loft.layers(model)
+
+
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
     model, path = loft.adapt(network(), rank=4), tmp_path / "a.pt"
     loft.save(model, path)
@@ -1294,7 +1379,12 @@ def train(monkeypatch):
     """train.py, measuring on a few windows."""
     import train
     monkeypatch.setattr(train, "even_windows", lambda data, real=train.even_windows: real(data, 2))
-    monkeypatch.setattr(train.Task, "bits", lambda self, model, split, most=1, real=train.Task.bits: real(self, model, split, 1))
+
+    def short(args, real=train.understanding):
+        task = real(args)
+        task.splits = {part: batches[:1] for part, batches in task.splits.items()}
+        return task
+    monkeypatch.setitem(train.TASKS, "understanding", short)
     return train
 
 
