@@ -12,8 +12,7 @@ For a rotation on the output side (R W0) pass the transposes: S = skew(W0Gᵀ) u
     P = selectors.skew(W0, G, r=32)                                            # the best P there is, for this G
     P = selectors.select(model, batches, loss_fn, rank=32, kind="skew")        # {layer: P}, dense G never formed
     loft.adapt(model, support=P)
-    ranks = selectors.spend(P.sigma, budget=20_000)                            # or: parameters where planes are strongest
-    loft.adapt(model, support=selectors.trim(P, ranks))
+    P = selectors.within(model, batches, loss_fn, budget=20_000)               # or: parameters where planes are strongest
 """
 from __future__ import annotations
 
@@ -330,16 +329,19 @@ def trim(supports: Supports, ranks: dict[str, int]) -> Supports:
     return Supports({n: supports[n][:, :r] for n, r in ranks.items()}, {n: supports.sigma[n][:r // 2] for n, r in ranks.items()})
 
 
-def allocate(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max_rank: int = 64, **options) -> dict[str, int]:
-    """{layer: even rank} that spends `budget` parameters of dense transforms where the planes are strongest.
-
-    One selection of kind "skew" at max_rank, then `spend`; `options` go to `select`. To keep the supports as well, call
-    the two yourself and `trim`.
+def within(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max_rank: int = 64, **options) -> Supports:
+    """Supports of kind "skew" whose ranks spend `budget` parameters of dense transforms where the planes are strongest: one
+    selection at max_rank, `spend`, `trim`. `options` go to `select`.
     """
-    found = _target_layers(model, targets)
-    side = 0 if options.get("side") == "output" else 1
+    found, side = _target_layers(model, targets), 0 if options.get("side") == "output" else 1
     rank = {n: min(max_rank, _matrix(m).shape[side]) // 2 * 2 for n, m in found.items()}
-    return spend(select(model, batches, loss_fn, rank, "skew", found, **options).sigma, budget)
+    wide = select(model, batches, loss_fn, rank, "skew", found, **options)
+    return trim(wide, spend(wide.sigma, budget))
+
+
+def allocate(model: nn.Module, batches, loss_fn, budget: int, targets=None, **options) -> dict[str, int]:
+    """{layer: even rank} of `within`, for another transform or kind of support; layers that get nothing are left out."""
+    return {n: P.shape[1] for n, P in within(model, batches, loss_fn, budget, targets, **options).items()}
 
 
 def union(tasks: list[Supports], rank: int) -> Supports:

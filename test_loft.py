@@ -1108,15 +1108,16 @@ def test_allocate_trim_and_adapt():
     model, batch = network(), data()
     ranks = selectors.allocate(model, [batch], cross_entropy, budget=40)
     assert sum(r * (r - 1) // 2 for r in ranks.values()) <= 40
-    wide = selectors.select(model, [batch], cross_entropy, 12)
-    supports = selectors.trim(wide, ranks)
+    supports = selectors.within(model, [batch], cross_entropy, budget=40)
+    assert {n: P.shape[1] for n, P in supports.items()} == ranks == selectors.spend(selectors.select(
+        model, [batch], cross_entropy, {"0": 12, "2": 20}).sigma, 40)
     for n, r in ranks.items():                                                # planes come strongest first: no second selection
         direct = selectors.select(model, [batch], cross_entropy, r, targets=[n])[n]
         torch.testing.assert_close(supports[n] @ supports[n].mT, direct @ direct.mT, atol=1e-4, rtol=0)
     loft.adapt(model, support=supports)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) <= 40
     with pytest.raises(ValueError, match="budget=0 buys no plane"):
-        selectors.spend(wide.sigma, 0)
+        selectors.within(model, [batch], cross_entropy, budget=0)
 
 
 def test_scores_and_mixed_criteria():

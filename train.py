@@ -41,6 +41,7 @@ from loft import selectors
 
 CONTEXT, BATCH, PRETRAIN_STEPS = 128, 16, 1200
 METHODS = ("frozen", *loft.METHODS, "full")
+SUPPORTS = (*selectors.KINDS, "allocated")                                     # allocated: skew, as many parameters in all, ranks by σ
 # Learning rates by default, the best of README's grid: supports of low score want, and bear, a higher one.
 RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "full": 1e-3, "all": 3e-3}
 
@@ -276,7 +277,8 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
         value = loss.item()
         times.append(time.perf_counter() - began)
         if not math.isfinite(value):
-            raise FloatingPointError(f"{name.strip()}: the loss is {value} at step {step}; lower --lr")
+            first = next((f" (first in {n})" for n, p in model.named_parameters() if not p.isfinite().all()), "")
+            raise FloatingPointError(f"{name.strip()}: the loss is {value} at step {step}{first}; lower --lr")
         progress(step, value)
         if refresh and args.refresh and step % args.refresh == 0 and step < steps:
             refresh(model, optimizer)
@@ -329,8 +331,16 @@ def run(name: str, task: Task, method: str, support: str | None, lr: float | Non
     model = copy.deepcopy(task.model).eval()
     generator = torch.Generator().manual_seed(1000 + seed)
     calibration = [to(task.batch(generator), args.device) for _ in range(args.calibration)]
-    targets = list(loft.target_layers(model))
-    choose = lambda model: selectors.select(model, calibration, task.loss_fn, args.rank, support, targets, side=args.side, seed=seed)
+
+    def choose(model):
+        """The supports of a fresh model, or new ones, at the same ranks, of an adapted one."""
+        adapted = {n: layer.rotation.r for n, layer in loft.layers(model)}
+        rank = adapted or dict.fromkeys(loft.target_layers(model), args.rank)
+        data = (model, calibration, task.loss_fn)
+        if support == "allocated" and not adapted:
+            return selectors.within(*data, sum(r * (r - 1) // 2 for r in rank.values()), list(rank), side=args.side, seed=seed)
+        return selectors.select(*data, rank, "skew" if support == "allocated" else support, list(rank), side=args.side, seed=seed)
+
     score, seconds, mib = None, 0.0, 0.0
     low = peak(args.device, reset=True)
     if method in ("full", "frozen"):
@@ -433,7 +443,7 @@ def one_of(*valid: str):
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    supports = (*selectors.KINDS, "all")
+    supports = (*SUPPORTS, "all")
     positive = lambda t: n if (n := int(t)) > 0 else parser.error(f"{t} is not a positive number")
     add = parser.add_argument
     add("--task", type=one_of(*TASKS), default=["code"], help=f"any of {', '.join(TASKS)} (comma-separated; default code)")
@@ -476,7 +486,7 @@ def rows_of(args, name: str, task: Task, done: Callable[[dict], None], failed: l
     before = dict(val=task.bits(task.model, "val"), kept=task.kept(task.model))
     print(f"2. {name}: {before['val']:.3f} bits on the new domain, {before['kept']:.3f} on the old, before adaptation")
     plan = [(method, support) for method in args.method for support in (
-        (args.support or selectors.KINDS) if method == "loft" else [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]])]
+        (args.support or SUPPORTS) if method == "loft" else [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]])]
     for i, (method, support) in enumerate(plan, 1):
         still = method == "frozen" and not task.trainable
         rates = [None] if still else args.lr or [RATES.get(support or method, 1e-2)]
