@@ -176,7 +176,9 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     if passes < 2:
         raise ValueError(f"passes={passes}: one pass to find the subspace and one to measure it are the least")
     found = _target_layers(model, targets)
-    ranks = {n: rank[n] if isinstance(rank, dict) else rank for n in found}
+    ranks = {n: rank.get(n) if isinstance(rank, dict) else rank for n in found}
+    if odd := [n for n, r in ranks.items() if isinstance(r, int) and r % 2 and kind in ("skew", "rescored")]:
+        warnings.warn(f"an odd rank ({ranks[odd[0]]} in {odd[0]}) holds one direction that is in no plane: take an even one")
     turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
     W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
     for n in found:
@@ -481,8 +483,16 @@ def _wide(X: Tensor) -> Tensor:
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height, width)."""
-    return module.weight.mT if hasattr(module, "nf") else module.weight.flatten(1)
+    """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height, width).
+
+    A layer without a floating weight (quantised) is asked what it does to the identity.
+    """
+    W = getattr(module, "weight", None)
+    if isinstance(W, Tensor) and W.is_floating_point():
+        return W.mT if hasattr(module, "nf") else W.flatten(1)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    with torch.no_grad():
+        return (module(torch.eye(module.in_features, device=device)) - module(torch.zeros(1, module.in_features, device=device))).mT
 
 
 def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:

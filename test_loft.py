@@ -840,9 +840,16 @@ def test_rotation_of_a_quantised_layer_needs_no_weight(kind, side):
             model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)), {"0"})
         except (RuntimeError, AttributeError) as e:
             pytest.skip(f"no quantised engine: {e}")
-    x, d = torch.randn(8, 12), 12 if side == "input" else 16
+    x, y, d = torch.randn(8, 12), torch.randint(0, 3, (8,)), 12 if side == "input" else 16
     before = model(x)
-    loft.adapt(model, ["0"], support=torch.linalg.qr(torch.randn(d, 4))[0], side=side)
+    chosen = selectors.select(model, [(x, y)], cross_entropy, 4, targets=["0"], side=side)   # asks the layer for its weight
+    plain = nn.Sequential(nn.Linear(12, 16), *model[1:])
+    with torch.no_grad():
+        plain[0].weight.copy_((model[0](torch.eye(12)) - model[0](torch.zeros(1, 12))).mT)
+        plain[0].bias.copy_(model[0](torch.zeros(1, 12))[0])
+    same = selectors.select(plain, [(x, y)], cross_entropy, 4, targets=["0"], side=side)["0"]
+    torch.testing.assert_close(chosen["0"] @ chosen["0"].mT, same @ same.mT, atol=1e-3 if kind == "hand made" else 0.1, rtol=0)
+    loft.adapt(model, support=chosen, side=side)
     assert torch.equal(model(x), before)
     if side == "input" and kind == "torch.ao":                                # its forward has no derivative for the input
         assert not torch.equal(stir(model)(x), before)
@@ -1229,12 +1236,13 @@ def test_activation_support_is_the_pca_of_the_inputs():
     ([data()], lambda m, b: m(b[0]), "expected a scalar"),
     ([data()], lambda m, b: torch.tensor(1.0), "does not depend on any target layer"),
     ([data()], lambda m, b: cross_entropy(m, b) * math.inf, "loss of calibration batch 1 is inf"),
+    ([data()], (lambda m, b: cross_entropy(m, b), {"0": 4}), "layer '2': rank None must be an int"),
     ([(torch.full((4, 12), math.nan), None)], lambda m, b: m(b[0]).nan_to_num().sum(), "not finite"),
 ])
 def test_select_refuses_by_name_and_cleans_up(batches, loss, message):
-    model = network()
+    model, (loss, rank) = network(), loss if isinstance(loss, tuple) else (loss, 4)
     with pytest.raises(ValueError, match=message):
-        selectors.select(model, batches, loss, 4)
+        selectors.select(model, batches, loss, rank)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(m.training and not m._forward_hooks for m in model.modules())
 
