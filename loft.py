@@ -62,6 +62,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
+def _uncast(device: torch.device):
+    """No autocast inside: it leaves float64 alone, so this matters where there is none."""
+    return torch.autocast("mps", enabled=False) if device.type == "mps" else contextlib.nullcontext()
+
+
 def skew(generator: Tensor, b: int) -> Tensor:
     """Q = U − Uᵀ (…, b, b), with U strictly upper triangular and filled, row by row, by `generator` (…, b(b−1)/2)."""
     i, j = torch.triu_indices(b, b, 1, device=generator.device)
@@ -145,7 +150,7 @@ class Skew(nn.Module):
 
     def blocks(self) -> Tensor:
         """T − I of every block, (m, blocks, b, b), in the generator's dtype (float32 or wider)."""
-        with torch.autocast(self.generator.device.type, enabled=False):
+        with _uncast(self.generator.device):
             g = _wide(self.generator)
             Q = skew(g, self.b)
             if self.bound is not None:                                        # ‖Q‖_F ≤ bound, block by block
@@ -209,7 +214,7 @@ class Givens(nn.Module):
             n = len(index) // 2                                               # an odd one out waits for the next stage
             pairs = y[..., index[:2 * n]].unflatten(-1, (n, 2))
             change = torch.einsum("...nb,nbc->...nc", pairs, D[start:start + n])
-            y, start, step = y.index_add(-1, index[:2 * n], change.flatten(-2)), start + n, 2 * step
+            y, start, step = y.index_add(-1, index[:2 * n], change.flatten(-2).to(y.dtype)), start + n, 2 * step
         return y - z
 
 
@@ -234,7 +239,7 @@ class Householder(nn.Module):
 
     def delta(self, z: Tensor) -> Tensor:
         """z (T − I)ᵀ = −(z V) S⁻ᵀ Vᵀ for rows z (…, r)."""
-        with torch.autocast(self.u.device.type, enabled=False):
+        with _uncast(self.u.device):
             u = _wide(self.u)
             v = u / torch.linalg.vector_norm(u, dim=0)
             a, c = v[:, 0::2], v[:, 1::2] - v[:, 0::2]                        # b = a + c,  c = 0 at the start

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -597,10 +598,27 @@ def test_a_module_that_reads_weight_directly_is_not_bypassed():
 def test_copies_and_dtypes():
     """.bfloat16() after adapt: the layers are rounded, the rotation keeps its precision and its promise."""
     model, (x, _) = stir(loft.adapt(network(), rank=4)), data()
-    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.DataParallel(model)):
+        assert torch.equal(copied(x), model(x))
+    assert copy.deepcopy(model).to("meta")(x.to("meta")).shape == (32, 3)
     assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     assert model[0].base.weight.dtype == torch.bfloat16 and model[0].rotation.P.dtype == torch.float32
     assert max(loft.orthogonality_error(model).values()) < 1e-5
+
+
+@pytest.mark.parametrize("method, side", METHODS_AND_SIDES)
+def test_autocast_builds_T_in_full_precision(method, side):
+    """Under bf16 autocast the activations are rounded, T is not: its blocks are the same bits."""
+    torch.manual_seed(0)
+    model, (x, _) = stir(loft.adapt(network(), method=method, side=side)), data()
+    layer, exact = model[0], model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x)
+        if hasattr(getattr(layer.rotation, "transform", None), "blocks"):
+            under = layer.rotation.transform.blocks()
+    assert rounded.dtype == torch.bfloat16 and (rounded.float() - exact).abs().max() < 0.1
+    if hasattr(getattr(layer.rotation, "transform", None), "blocks"):
+        assert torch.equal(under, layer.rotation.transform.blocks())
 
 
 @pytest.mark.parametrize("side", loft.SIDES)
@@ -1204,7 +1222,17 @@ batches = [(torch.randn(32, 12), torch.randint(0, 3, (32,))) for _ in range(4)]
 loss = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])
 result = {(kind, exact): dict(selectors.select(model, batches[rank::2], loss, 4, kind, exact=exact))
           for kind in ("skew", "gradient", "activation") for exact in (True, False)}
+loft.adapt(model, support=result["skew", True])
+parallel = nn.parallel.DistributedDataParallel(model)
+loss(parallel, batches[rank]).backward()
+gradient = model[0].rotation.transform.generator.grad.clone()
+model.zero_grad()
+(loss(model, batches[0]) / 2 + loss(model, batches[1]) / 2).backward()
+torch.testing.assert_close(gradient, model[0].rotation.transform.generator.grad)
+loft.merge(model)
 dist.destroy_process_group()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3))
 if rank == 0:
     for (kind, exact), found in result.items():
         for n, P in selectors.select(model, batches, loss, 4, kind, exact=exact).items():
@@ -1214,7 +1242,8 @@ print("same")
 
 
 def test_two_processes_choose_what_one_does(tmp_path):
-    """With torch.distributed initialised, statistics are summed over the ranks: each sees half the batches."""
+    """With torch.distributed initialised, statistics are summed over the ranks: each sees half the batches. DDP averages
+    the generators' gradients as it does any other."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     both = [subprocess.Popen([sys.executable, "-c", DISTRIBUTED, str(r), str(tmp_path / "store")], cwd=HERE, env=env,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
