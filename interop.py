@@ -17,13 +17,16 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
 
-def read_peft(source, model: nn.Module | None) -> tuple[nn.Module, dict]:
-    """(plain base model, payload) of a PeftModel or of a folder and its base model. Raises ValueError by name."""
+def read_peft(source, model: nn.Module | None) -> tuple[dict[str, nn.Module], dict, Callable[[], nn.Module]]:
+    """({layer: its plain module}, payload, a function that gives the plain base model) of a PeftModel, or of a folder and
+    its base model. Nothing is touched before that function is called. Raises ValueError by name.
+    """
     supports = {}
     if isinstance(source, nn.Module):
         from peft import get_peft_model_state_dict
@@ -33,11 +36,13 @@ def read_peft(source, model: nn.Module | None) -> tuple[nn.Module, dict]:
         config, tensors = config.to_dict(), {k: v.clone() for k, v in get_peft_model_state_dict(source).items()}
         supports = {n.removeprefix("base_model.model."): m._psoft_A_cache[adapter].mT.clone()
                     for n, m in source.named_modules() if hasattr(m, "_psoft_A_cache")}
-        model = source.unload()
+        modules = {n.removeprefix("base_model.model."): m.get_base_layer() if hasattr(m, "get_base_layer") else m
+                   for n, m in source.named_modules()}
+        unload = source.unload
     else:
         if model is None:
             raise ValueError("from_peft(folder, model) needs the base model that the adapter was trained on")
-        folder = Path(source)
+        folder, modules, unload = Path(source), dict(model.named_modules()), lambda: model
         config = json.loads((folder / "adapter_config.json").read_text())
         if (folder / "adapter_model.safetensors").exists():
             tensors = _safetensors().load_file(folder / "adapter_model.safetensors")
@@ -53,6 +58,9 @@ def read_peft(source, model: nn.Module | None) -> tuple[nn.Module, dict]:
         if config.get(option):
             warnings.warn(f"{option}={config[option]} is not carried over: same outputs in eval mode, no dropout in training")
 
+    if kind == "LORA" and not isinstance(source, nn.Module) and config.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(f"peft's LORA with init_lora_weights={config['init_lora_weights']!r} changed the base weights: load it with "
+                         "peft, and give that model")
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, part = key.removeprefix("base_model.model."), None
@@ -62,7 +70,6 @@ def read_peft(source, model: nn.Module | None) -> tuple[nn.Module, dict]:
         if part is None:
             raise ValueError(f"the peft adapter holds {key!r}, which has no counterpart here")
         by_layer.setdefault(name, {})[part] = value
-    modules = dict(model.named_modules())
     specs = {}
     for name, parts in by_layer.items():
         layer = modules.get(name)
@@ -74,8 +81,8 @@ def read_peft(source, model: nn.Module | None) -> tuple[nn.Module, dict]:
             raise ValueError(f"layer {name!r}: {e}") from None
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         specs[name] = dict(method=kind.lower(), side="input", dtype=str(dtype).removeprefix("torch."),
-                           config=spec[0], state=spec[1])
-    return model, {"format": "loft", "version": 1, "layers": specs, "trainable": {}}
+                           shape=[layer.in_features, layer.out_features], config=spec[0], state=spec[1])
+    return {n: modules[n] for n in specs}, {"format": "loft", "version": 1, "layers": specs, "trainable": {}}, unload
 
 
 def write_peft(payload: dict, weights: dict[str, Tensor], path) -> None:
@@ -166,6 +173,8 @@ def _write_layer(spec: dict, W: Tensor) -> tuple[dict, dict[str, Tensor]]:
     """peft's config and tensors of one layer."""
     config, state = spec["config"], spec["state"]
     name, P, magnitude = config["transform"], state.get("rotation.P"), state.get("magnitude")
+    if any(k.startswith("past.") for k in state):
+        raise ValueError("it was refreshed, and a product of rotations has no place in peft's file")
     if spec["side"] != "input":
         raise ValueError("peft's orthogonal methods rotate the input side only")
     if magnitude is not None and name != "butterfly" and not (magnitude == 1).all():

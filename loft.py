@@ -25,10 +25,11 @@ import contextlib
 import difflib
 import hashlib
 import importlib
+import inspect
 import io
+import itertools
 import os
 import re
-import tempfile
 from typing import Callable, Iterable
 
 import torch
@@ -63,8 +64,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _uncast(device: torch.device):
-    """No autocast inside: it leaves float64 alone, so this matters where there is none."""
-    return torch.autocast("mps", enabled=False) if device.type == "mps" else contextlib.nullcontext()
+    """No autocast inside: T, merges and errors are computed in full precision."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def skew(generator: Tensor, b: int) -> Tensor:
@@ -143,8 +144,12 @@ class Skew(nn.Module):
         if not (isinstance(stages, int) and 1 <= stages <= most):
             raise ValueError(f"stages={stages} with blocks of {b} in {r} dimensions: must be 1 to {most} "
                              f"(stage s joins blocks of {b}·2^s, which has to divide {r})")
+        if map not in ("cayley", "cayley_neumann", "expm"):
+            raise ValueError(_unknown("map", map, ("cayley", "cayley_neumann", "expm")))
         if map == "cayley_neumann" and terms < 2:
             raise ValueError(f"terms={terms}: the Cayley–Neumann series needs at least 2 (I + 2Q)")
+        if bound is not None and not bound > 0:
+            raise ValueError(f"bound={bound} must be positive (or None)")
         self.r, self.b, self.map, self.terms, self.bound = r, b, map, terms, bound
         self.generator = nn.Parameter(torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
 
@@ -153,9 +158,9 @@ class Skew(nn.Module):
         with _uncast(self.generator.device):
             g = _wide(self.generator)
             Q = skew(g, self.b)
-            if self.bound is not None:                                        # ‖Q‖_F ≤ bound, block by block
-                norm = torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5
-                Q = Q * (self.bound / norm.clamp(min=self.bound))
+            if self.bound is not None:                                        # Q ← Q min(1, bound / ‖Q‖_F), block by block
+                square = Q.square().sum((-2, -1), keepdim=True).clamp(min=self.bound ** 2)   # smooth at Q = 0, too
+                Q = Q * (self.bound * square.rsqrt())
             D = (cayley_neumann(Q, self.terms) if self.map == "cayley_neumann" else
                  expm(Q) if self.map == "expm" else cayley(Q))
             return D.to(torch.promote_types(self.generator.dtype, torch.float32))
@@ -200,11 +205,11 @@ class Givens(nn.Module):
 
     def blocks(self) -> Tensor:
         """G − I of every pair, (r − 1, 2, 2), finest stage first."""
-        g = self.generator.to(torch.promote_types(self.generator.dtype, torch.float32))
+        g = _wide(self.generator)
         if not self.relaxed:
             c, s = -2 * torch.sin(g / 2) ** 2, torch.sin(g)                   # cos θ − 1 = −2 sin²(θ/2)
             g = torch.cat([c, -s, s, c], -1)
-        return g.unflatten(-1, (2, 2))
+        return g.unflatten(-1, (2, 2)).to(torch.promote_types(self.generator.dtype, torch.float32))
 
     def delta(self, z: Tensor) -> Tensor:
         """z (T − I)ᵀ for rows z (…, r)."""
@@ -268,23 +273,22 @@ class Fixed(nn.Module):
         return z @ self.D.to(z.dtype).mT
 
 
-def _make_transform(name: str, r: int, **options) -> nn.Module:
-    """The transform called `name`, of size r; `TRANSFORMS` has the names, the classes explain the options."""
-    if name == "fixed":
-        return Fixed(r)
+def _options(name: str, r: int, given: dict) -> dict:
+    """Every option of the transform called `name`, of size r: what is given, else the default."""
     if name not in TRANSFORMS:
         raise ValueError(_unknown("transform", name, TRANSFORMS))
     cls, defaults, allowed = TRANSFORMS[name]
-    for key in options:
+    for key in given:
         if key not in allowed:
             raise ValueError(f"transform {name!r} has no option {key!r}; it has: {', '.join(allowed) or 'none'}")
-    options = {**defaults, **options}
-    if name == "block" and "block_size" not in options:                       # 32, or the next smaller that divides r
+    signature = inspect.signature(cls).parameters
+    options = {key: signature[key].default for key in allowed} | defaults | given
+    if name == "block" and options["block_size"] is None:                     # 32, or the next smaller that divides r
         options["block_size"] = max(b for b in range(1, 33) if r % b == 0)
-    if name == "butterfly" and "block_size" not in options:
+    if name == "butterfly" and options["block_size"] is None:
         fits = [b for b in range(2, 9, 2) if r % (b << options["stages"] - 1) == 0]
         options["block_size"] = max(fits, default=8)
-    return cls(r, **options)
+    return options
 
 
 TRANSFORMS = {  # name: (class, defaults, options a user may set)
@@ -301,6 +305,11 @@ TRANSFORMS = {  # name: (class, defaults, options a user may set)
 # ---------------------------------------------------------------------------------------------------------
 # The rotation and the layer
 # ---------------------------------------------------------------------------------------------------------
+
+def _precise(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of nn.Module._apply, but .half() and .bfloat16() only move: an adapter keeps its precision."""
+    return lambda t: t.to(new.device) if (new := fn(t)).dtype in (torch.float16, torch.bfloat16) else new
+
 
 class Rotation(nn.Module):
     """R = I + P (T − I) Pᵀ (d × d), orthogonal; as a module it maps rows x (…, d) to x Rᵀ.
@@ -321,10 +330,14 @@ class Rotation(nn.Module):
                  gauge: Tensor | None = None, dtype: torch.dtype = torch.float32, **options):
         super().__init__()
         self.d, self.r = d, d if support is None else _check_support(support, d)
-        self.config = dict(d=d, transform=transform, scale=scale, **options)  # rebuilds this module, with P, at load
+        options = {} if transform == "fixed" else _options(transform, self.r, options)
+        settable = {k: v for k, v in options.items() if k in TRANSFORMS[transform][2]} if options else {}
+        self.config = dict(d=d, transform=transform, scale=scale, **settable) # rebuilds this module, with P, at load
+        if gauge is not None and not (gauge > 0).all():
+            raise ValueError("the gauge has zeros: the weight sends a direction of the support to 0, which cannot be split evenly")
         self.register_buffer("P", None if support is None else support.detach().to(dtype).clone())
         self.register_buffer("gauge", None if gauge is None else gauge.detach().to(dtype).clone())
-        self.transform = _make_transform(transform, self.r, **options).to(dtype)
+        self.transform = (Fixed(self.r) if transform == "fixed" else TRANSFORMS[transform][0](self.r, **options)).to(dtype)
         self.alpha = nn.Parameter(torch.ones(self.r, dtype=dtype)) if scale else None
         self.beta = nn.Parameter(torch.ones(self.r, dtype=dtype)) if scale else None
 
@@ -332,9 +345,10 @@ class Rotation(nn.Module):
         """z (T − I)ᵀ, (…, r) → (…, r); with vectors, z (M − I)ᵀ for M = diag(β/g) T diag(α g)."""
         if self.alpha is None and self.gauge is None:
             return self.transform.delta(z)
-        g = 1 if self.gauge is None else self.gauge.to(z.dtype)
-        alpha, beta = (1, 1) if self.alpha is None else (self.alpha.to(z.dtype), self.beta.to(z.dtype))
-        return self.transform.delta(z * (alpha * g)) * (beta / g) + z * (alpha * beta - 1)
+        g = torch.ones_like(self.alpha) if self.gauge is None else self.gauge
+        alpha, beta = (torch.ones_like(g), 1) if self.alpha is None else (self.alpha, self.beta)
+        left, right, rest = ((t.to(z.dtype)) for t in (alpha * g, beta / g, alpha * beta - 1))   # αβ − 1 before bf16 rounds it to 0
+        return self.transform.delta(z * left) * right + z * rest
 
     def delta(self, x: Tensor) -> Tensor:
         """x (Rᵀ − I) = x P (Tᵀ − I) Pᵀ for rows x (…, d). Autograd keeps z = x P (…, r), never x."""
@@ -353,11 +367,16 @@ class Rotation(nn.Module):
 
     def rotate(self, W: Tensor, side: str) -> Tensor:
         """W R = W + (W P)(T − I) Pᵀ (side="input"), or R W = W + P (T − I)(Pᵀ W) (side="output"); W (out, in)."""
-        D = self._delta_in_support(torch.eye(self.r, dtype=self.dtype, device=self.device)).mT   # T − I (r, r)
-        P, W = self.P, W.to(self.dtype)
-        if side == "output":
-            return W + (D @ W if P is None else P @ (D @ (P.mT @ W)))
-        return W + (W @ D if P is None else (W @ P) @ D @ P.mT)
+        with _uncast(W.device):
+            D, P, W = self.difference(), self.P, W.to(self.dtype)
+            if side == "output":
+                return W + (D @ W if P is None else P @ (D @ (P.mT @ W)))
+            return W + (W @ D if P is None else (W @ P) @ D @ P.mT)
+
+    def difference(self) -> Tensor:
+        """T − I (r, r), scaling vectors included."""
+        with _uncast(self.device):
+            return self._delta_in_support(torch.eye(self.r, dtype=self.dtype, device=self.device)).mT
 
     @property
     def strict(self) -> bool:
@@ -368,17 +387,15 @@ class Rotation(nn.Module):
     @torch.no_grad()
     def orthogonality_error(self) -> float:
         """max |RᵀR − I| on the support, in float64: with D = T − I,  Pᵀ(RᵀR − I)P = D + Dᵀ + Dᵀ(PᵀP)D  (PᵀP ≈ I)."""
-        D = self._delta_in_support(torch.eye(self.r, dtype=self.dtype, device=self.device)).mT.double()
+        D = self.difference().double()
         G = D if self.P is None else self.P.double().mT @ self.P.double() @ D
         return (D + D.mT + D.mT @ G).abs().max().item()
 
-    dtype = property(lambda self: next(iter(self.state_dict().values())).dtype)
-    device = property(lambda self: next(iter(self.state_dict().values())).device)
+    dtype = property(lambda self: next(itertools.chain(self.parameters(), self.buffers())).dtype)
+    device = property(lambda self: _device(self))
 
     def _apply(self, fn, recurse=True):
-        """Moves with the model, but keeps its precision under .half() and .bfloat16()."""
-        narrow = (torch.float16, torch.bfloat16)
-        return super()._apply(lambda t: t.to(new.device) if (new := fn(t)).dtype in narrow else new, recurse)
+        return super()._apply(_precise(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"d={self.d}, r={self.r}, {self.config['transform']}"
@@ -414,22 +431,32 @@ class LOFTLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The rotated weight diag(s) W0 R or diag(s) R W0, in W0's dtype and layout, differentiable."""
-        return self.exact_weight().to(self.base.weight.dtype) if self.enabled else self.base.weight
+        if _weight(_plain(self)) is None:
+            raise AttributeError(f"a {type(_plain(self)).__name__} has no floating weight to rotate")
+        return self.exact_weight().to(_plain(self).weight.dtype) if self.enabled else self.base.weight
 
     def exact_weight(self) -> Tensor:
         """The rotated weight in W0's layout, in the rotation's precision."""
-        W = _matrix(self.base) if self.past is None else self.past.rotate(_matrix(self.base), self.side)
-        W = self.rotation.rotate(W, self.side)
+        W = _matrix(self.base)
+        for R in (self.past, self.rotation):
+            W = W if R is None else R.rotate(W, self.side)
         W = W if self.magnitude is None else self.magnitude[:, None] * W
-        return W.mT if hasattr(self, "nf") else W.view(self.base.weight.shape)
+        return W.mT if hasattr(self, "nf") else W.view(_plain(self).weight.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _apply(self, fn, recurse=True):
+        magnitude = None if self.magnitude is None else _precise(fn)(self.magnitude.data)
+        super()._apply(fn, recurse)
+        if magnitude is not None:
+            self.magnitude.data = magnitude
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
         if not self.enabled:
-            return self.base(x)
-        y, b = self._rotated(x)
+            return self.base(input)
+        y, b = self._rotated(input)
         if self.magnitude is None:
             return y
-        return y + (y if b is None else y - b) * (self.magnitude.to(y.dtype) - 1)   # s (y − b) + b, exact at s = 1
+        return y + (y if b is None else y - b) * (self.magnitude - 1).to(y.dtype)   # s (y − b) + b, exact at s = 1
 
     def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rotated layer's output and its bias b."""
@@ -454,8 +481,8 @@ class LOFTLinear(nn.Module):
 class LOFTConv2d(LOFTLinear):
     """A convolution with its kernel, as a matrix (out, channels × height × width), rotated: one thin product a forward pass."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.base._conv_forward(x, weight, bias)
@@ -466,19 +493,23 @@ class LoRA(nn.Module):
 
     def __init__(self, d: int, out: int, rank: int = 8, lora_alpha: float | None = None, dtype: torch.dtype = torch.float32):
         super().__init__()
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank={rank} must be an int ≥ 1")
         self.d, self.r, self.scaling = d, rank, 1.0 if lora_alpha is None else lora_alpha / rank
         self.config = dict(d=d, out=out, rank=rank, lora_alpha=lora_alpha, transform="lora")
         self.A = nn.Parameter(torch.randn(rank, d, dtype=dtype) / d ** 0.5)
         self.B = nn.Parameter(torch.zeros(out, rank, dtype=dtype))
 
-    dtype, device = property(lambda self: self.A.dtype), property(lambda self: self.A.device)
-    strict = False
+    dtype, device, strict = property(lambda self: self.A.dtype), property(lambda self: self.A.device), False
 
     def rotate(self, W: Tensor, side: str) -> Tensor:
         return W.to(self.dtype) + self.scaling * self.B @ self.A
 
     def orthogonality_error(self) -> float:
         return float("nan")
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(_precise(fn), recurse)
 
 
 class LoRALinear(LOFTLinear):
@@ -520,7 +551,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         seed: of random supports and of initial reflections.
         name: of this adapter. A second one, of another name, is put on top of the first (W0 R_1 R_2), which is frozen.
     Returns:
-        the model itself.
+        the model itself (of a bare linear layer: its wrapper).
     Raises:
         ValueError, TypeError: naming the layer, the value and what is valid. The model is then as it was.
     """
@@ -537,9 +568,18 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     options = {**{k: v for k, v in preset.items() if k not in ("support", "transform")}, **options}
     if (method == "lora") != (transform == "lora") or method == "lora" and (support is not None or side != "input"):
         raise ValueError("method='lora' is not a rotation: it takes rank and lora_alpha, no support, transform or side")
+    if svd not in ("auto", "full", "lowrank"):
+        raise ValueError(_unknown("svd", svd, ("auto", "full", "lowrank")))
+    if symmetric and support != "principal":
+        raise ValueError("symmetric=True splits singular values, which only support='principal' has")
+    if transform == "householder" and rank is not None and "reflections" in options and isinstance(support, str) and support == "all":
+        raise ValueError("with support='all', rank is the number of reflections: give one of the two")
     if isinstance(support, dict) and targets is None:
-        targets = list(support)
-    found = target_layers(model, targets)
+        found = target_layers(model, lambda n, m: n in support)
+        if unknown := [n for n in support if n not in found]:
+            raise ValueError(f"the support names {unknown[0]!r}, which is no linear layer of the model{_nearest(unknown[0], found)}")
+    else:
+        found = target_layers(model, targets)
     keep = _matches([n for n, _ in model.named_parameters()], trainable)
 
     wrapped = {}
@@ -549,8 +589,6 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
             try:
                 P, extra = _resolve_support(support, n, base, side, rank, transform, svd)
                 if symmetric:                                                 # σ_i = ‖W0 p_i‖ for singular vectors p_i
-                    if P is None:
-                        raise ValueError("symmetric=True splits the singular values of a support; there is none")
                     W = _matrix(base) if side == "input" else _matrix(base).mT
                     extra["gauge"] = (W.to(P.dtype) @ P).norm(dim=0).sqrt()
                 layer = _build(base, name, method, side, P, magnitude, transform, {**options, **extra})
@@ -563,8 +601,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
 
     for n, p in model.named_parameters():                                     # from here on nothing can fail
         p.requires_grad_(n in keep)
-    _replace(model, wrapped)
-    return model
+    return _replace(model, wrapped)
 
 
 def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
@@ -576,11 +613,14 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
     none of these, the last linear layer.
     """
     inner = {m.base for m in model.modules() if isinstance(m, LOFTLinear)}     # an adapted layer is the outermost wrapper
-    linear = {n: m for n, m in model.named_modules() if n and _shape(m) and m not in inner}
+    linear = {n: m for n, m in model.named_modules() if _shape(m) and m not in inner}
+    if "" in linear:
+        return {"": model}
+    linear = {n: m for n, m in linear.items() if not any(k.startswith(n + ".") for k in linear)}
     if targets is None:
         linear = {n: m for n, m in linear.items() if not isinstance(m, (nn.Conv2d, LOFTConv2d))}
     if not linear:
-        raise ValueError("the model has no linear layer inside it (to adapt a bare layer, wrap it: loft.LOFTLinear)")
+        raise ValueError("the model has no linear layer inside it")
     if targets is None:
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -610,21 +650,22 @@ def layers(model: nn.Module, name: str | None = None) -> list[tuple[str, LOFTLin
     return [(n, m) for n, m in found.values() if name in (None, m.name)]
 
 
-def _adapted(model: nn.Module, name: str | None = None) -> list[tuple[str, LOFTLinear]]:
-    found = layers(model, name)
+def _adapted(model: nn.Module, name: str | None = None, single: bool = False) -> list[tuple[str, LOFTLinear]]:
+    """`layers`, or a ValueError where there are none; with `single`, also where there are several adapters to choose from."""
+    found, names = layers(model, name), sorted({m.name for _, m in layers(model)})
     if not found:
-        names = ", ".join(sorted({m.name for _, m in layers(model)}))
-        raise ValueError(f"the model has no adapter {name!r}, it has: {names}" if names else
+        raise ValueError(f"the model has no adapter {name!r}, it has: {', '.join(names)}" if names else
                          "the model is not adapted: call loft.adapt (or loft.load) first")
+    if single and name is None and len(names) > 1:
+        raise ValueError(f"the model has several adapters, {', '.join(names)}: say which by name=")
     return found
 
 
-def _one(model: nn.Module, name: str | None) -> list[tuple[str, LOFTLinear]]:
-    """The layers of one adapter, which has to be named where there are several."""
-    names = {m.name for _, m in _adapted(model, name)}
-    if len(names) > 1:
-        raise ValueError(f"the model has several adapters, {', '.join(sorted(names))}: say which by name=")
-    return _adapted(model, name)
+def _outermost(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
+    """The last adapter of every adapted layer, which holds the others."""
+    found = _adapted(model)
+    inner = {m.base for _, m in found}
+    return [(n, m) for n, m in found if m not in inner]
 
 
 @torch.no_grad()
@@ -641,19 +682,21 @@ def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None =
             raise ValueError(f"layer {n!r}: a {type(_plain(layer)).__name__} has no floating weight to merge into; keep it adapted")
         if name is not None and isinstance(layer.base, LOFTLinear):
             raise ValueError(f"layer {n!r}: adapter {layer.base.name!r} lies under {name!r}; merge that one first")
-    for n, layer in found:                                                    # one by one: at any moment the model computes the same
-        layer.enabled = True
+        if not layer.enabled:
+            raise ValueError(f"layer {n!r}: adapter {layer.name!r} is switched off; switch it on first (loft.use)")
+        if not all(t.isfinite().all() for t in layer.adapter_state().values()):
+            raise ValueError(f"layer {n!r}: its rotation is not finite")
+    for _, layer in found:                                                    # one by one: at any moment the model computes the same
         weight = layer.exact_weight().to(dtype or layer.base.weight.dtype)
-        if not weight.isfinite().all():
-            raise ValueError(f"layer {n!r}: its rotation is not finite, so it is left as it is")
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
-        _replace(model, {layer: layer.base})
+        model = _replace(model, {layer: layer.base})
     return model
 
 
 def _mergeable(layer: nn.Module) -> bool:
-    weight = getattr(_plain(layer), "weight", None)
-    return isinstance(weight, Tensor) and weight.is_floating_point()
+    """Whether the layer under all adapters keeps a floating weight as a parameter of its own."""
+    weight = _plain(layer)._parameters.get("weight")
+    return weight is not None and weight.is_floating_point()
 
 
 def _plain(layer: nn.Module) -> nn.Module:
@@ -665,12 +708,15 @@ def _plain(layer: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float]:
-    """{layer: ‖round(W) − W‖_F / ‖W − W0‖_F}: how much of what was learned a merge into the weight's dtype (or `dtype`) rounds away."""
+    """{layer: ‖round(W) − W‖_F / ‖W − W0‖_F}: how much of what was learned a merge into the weight's dtype (or `dtype`) rounds
+    away. Layers that cannot be merged are left out.
+    """
     errors = {}
-    for n, layer in _adapted(model):
-        W, W0 = layer.exact_weight(), layer.base.weight
-        rounded, learned = W.to(dtype or W0.dtype).to(W.dtype), (W - W0.to(W.dtype)).norm()
-        errors[n] = ((rounded - W).norm() / learned).item() if learned else 0.0
+    for n, layer in _outermost(model):
+        if _mergeable(layer):
+            W, W0 = layer.exact_weight(), _plain(layer).weight
+            rounded, learned = W.to(dtype or W0.dtype).to(W.dtype), (W - W0.to(W.dtype)).norm()
+            errors[n] = ((rounded - W).norm() / learned).item() if learned else 0.0
     return errors
 
 
@@ -678,10 +724,13 @@ def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
 def merged(model: nn.Module):
     """Inside `with loft.merged(model):` the rotations are folded into the weights, at the speed of the plain model; afterwards
     the weights are what they were, bit for bit (they are kept meanwhile: one more copy of the adapted weights)."""
-    outermost = [m for _, m in _adapted(model) if not any(o.base is m for _, o in layers(model))]
-    kept = [(_plain(m), _plain(m).weight) for m in outermost]
+    found = _outermost(model)
+    for n, layer in found:
+        if not _mergeable(layer):
+            raise ValueError(f"layer {n!r}: a {type(_plain(layer)).__name__} has no floating weight to merge into")
+    kept = [(_plain(layer), _plain(layer).weight) for _, layer in found]
     with torch.no_grad():
-        weights = [m.weight for m in outermost]
+        weights = [layer.weight for _, layer in found]
     try:
         with disabled(model):
             for (base, W0), W in zip(kept, weights):
@@ -717,11 +766,10 @@ def use(model: nn.Module, *names: str) -> nn.Module:
 
 def orthogonality_error(model: nn.Module) -> dict[str, float]:
     """{layer: max |RᵀR − I| on its support, in float64}; the largest where there are several rotations."""
-    errors: dict[str, float] = {}
+    errors: dict[str, list[float]] = {}
     for n, layer in _adapted(model):
-        for R in (layer.rotation, layer.past):
-            errors[n] = max(errors.get(n, 0.0), R.orthogonality_error() if R is not None else 0.0)
-    return errors
+        errors.setdefault(n, []).extend(R.orthogonality_error() for R in (layer.rotation, layer.past) if R is not None)
+    return {n: torch.tensor(e, dtype=torch.float64).max().item() for n, e in errors.items()}   # a NaN stays one
 
 
 def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str, str]:
@@ -737,12 +785,14 @@ def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str,
                model(*batch) if isinstance(batch, tuple) else model(batch))
         return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
-    found, reached, modes = _adapted(model), set(), [(m, m.training) for m in model.modules()]
+    found, reached, modes = _outermost(model), set(), [(m, m.training) for m in model.modules()]
     handles = [m.register_forward_hook(lambda m, *_: reached.add(m)) for _, m in found]
     try:
         model.eval()
         with torch.enable_grad():
             out, generator = run(), torch.Generator().manual_seed(0)
+            if not out:
+                raise ValueError("the model's output holds no floating tensor; give a loss_fn(model, batch)")
             loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in out)
         wrong = {n: problem for n, m in found if (problem := _problem(m, m in reached, loss))}
         if all(_mergeable(m) for _, m in found):
@@ -770,7 +820,7 @@ def _problem(layer: LOFTLinear, reached: bool, loss: Tensor) -> str | None:
         return "it is reached, but gets no gradient" if reached else "it is never reached: its layer is bypassed, or not used for this batch"
     if not all(g.isfinite().all() for g in grads if g is not None):
         return "its gradient is not finite"
-    if layer.rotation.strict and (error := layer.rotation.orthogonality_error()) > 1e-5:
+    if layer.rotation.strict and not (error := layer.rotation.orthogonality_error()) <= 1e-5:
         return f"|RᵀR − I| = {error:.0e}"
     return None
 
@@ -790,7 +840,7 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
     In `optimizer` the new generators take the place of the old, with no state: moments are kept per entry of a
     generator, and in another support an entry is another plane.
     """
-    found = dict(_one(model, name))
+    found, outermost = dict(_adapted(model, name, single=True)), {m for _, m in _outermost(model)}
     if unknown := [n for n in support if n not in found]:
         raise ValueError(f"layer {unknown[0]!r} is not adapted; adapted are: {', '.join(found)}")
     new = {}
@@ -799,6 +849,9 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
         try:
             if getattr(old, "P", None) is None:
                 raise ValueError(f"method {layer.method!r} has no support to refresh")
+            if layer not in outermost or layer.magnitude is not None and layer.side == "output":
+                raise ValueError("something is applied after this rotation (another adapter, or the magnitude), so a support chosen "
+                                 "for the layer as it is now does not fit here")
             rotation = Rotation(old.d, P, dtype=old.dtype, **{k: v for k, v in old.config.items() if k != "d"}).to(old.device)
             both = (layer.past, old) if layer.side == "input" else (old, layer.past)
             new[n] = rotation, _product(*(R for R in both if R is not None))
@@ -822,9 +875,8 @@ def _product(*rotations: Rotation) -> Rotation:
     P = U[:, s > 1e-6]
     T = eye = torch.eye(P.shape[1], dtype=P.dtype, device=P.device)
     for R in rotations:
-        D = R._delta_in_support(torch.eye(R.r, dtype=R.dtype, device=R.device)).mT
         C = P.mT @ _wide(R.P)                                                 # PᵀRP = I + (PᵀP_i)(T_i − I)(PᵀP_i)ᵀ
-        T = T + T @ C @ _wide(D) @ C.mT
+        T = T + T @ C @ _wide(R.difference()) @ C.mT
     R = Rotation(like.d, P, "fixed", dtype=like.dtype).to(like.device)
     R.transform.D.copy_(T - eye)
     return R
@@ -859,15 +911,16 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
     payload = _payload(model, name)
     torch.save(payload, buffer := io.BytesIO())
     path, data = os.fspath(path), buffer.getvalue()
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             f.write(data + hashlib.sha256(data).digest())
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
 
 
@@ -887,9 +940,13 @@ def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
         payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     except Exception as e:                                                    # e.g. pickled code, which weights_only refuses
         raise ValueError(f"{path} is not a LOFT adapter file: {str(e).splitlines()[0]}") from e
-    if (payload.get("format"), payload.get("version")) != ("loft", 1):
-        raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
-    return _attach(model, payload, path, name)
+    if not isinstance(payload, dict) or (payload.get("format"), payload.get("version")) != ("loft", 1):
+        found = f"format {payload.get('format')!r}, version {payload.get('version')!r}" if isinstance(payload, dict) else type(payload).__name__
+        raise ValueError(f"{path} is not a LOFT adapter file of version 1: it holds {found}")
+    try:
+        return _attach(model, payload, path, name)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:          # a well-formed file with nonsense in it
+        raise ValueError(f"{path} is not a LOFT adapter file, or is damaged: {type(e).__name__} {e}") from e
 
 
 def from_peft(source, model: nn.Module | None = None) -> nn.Module:
@@ -900,28 +957,65 @@ def from_peft(source, model: nn.Module | None = None) -> nn.Module:
             save_pretrained wrote, with `model` the base model to adapt.
     What has no counterpart here (a setting, a kind of layer) is refused by name.
     """
-    interop = importlib.import_module(__name__ + ".interop")
-    model, payload = interop.read_peft(source, model)
-    return _attach(model, payload, "the peft adapter", "default")
+    bases, payload, unload = importlib.import_module(__name__ + ".interop").read_peft(source, model)
+    for name, spec in payload["layers"].items():                              # all of it fits, before anything is taken apart
+        _from_spec(bases[name], spec, "default", name)
+    return _attach(unload(), payload, "the peft adapter", "default")
 
 
 def to_peft(model: nn.Module, path) -> None:
     """Writes the model's adapter to the folder `path` for PeftModel.from_pretrained(base, path); see `from_peft`."""
-    weights = {name: layer.base.weight for name, layer in _adapted(model)}
+    weights = {n: _matrix(layer.base) for n, layer in _adapted(model)}
     importlib.import_module(__name__ + ".interop").write_peft(_payload(model), weights, path)
 
 
 def _payload(model: nn.Module, name: str | None = None) -> dict:
     """What `save` writes: plain containers and tensors."""
-    found = _one(model, name)
-    inside = {id(p) for _, layer in layers(model) for k, p in layer.named_parameters() if not k.startswith("base.")}
-    return {
-        "format": "loft", "version": 1,
-        "layers": {n: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
-                           dtype=str(layer.rotation.dtype).removeprefix("torch."),
-                           state={k: v.cpu() for k, v in layer.adapter_state().items()}) for n, layer in found},
-        "trainable": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside},
-    }
+    trainable = {n: p.detach().cpu() for n, p in _plain_parameters(model).items() if p.requires_grad}
+    return {"format": "loft", "version": 1, "trainable": trainable,
+            "layers": {n: _spec(layer) for n, layer in _adapted(model, name, single=True)}}
+
+
+def _spec(layer: LOFTLinear) -> dict:
+    """All that `_from_spec` needs to build the adapter of a layer again."""
+    return dict(method=layer.method, side=layer.side, shape=list(_shape(layer)), config=layer.rotation.config,
+                dtype=str(layer.rotation.dtype).removeprefix("torch."), state={k: v.cpu() for k, v in layer.adapter_state().items()})
+
+
+def _from_spec(base: nn.Module, spec: dict, adapter: str, name: str) -> LOFTLinear:
+    """`base` wrapped as `_spec` says; a ValueError naming the layer where they do not fit."""
+    if list(_shape(base)) != list(spec["shape"]):
+        raise ValueError(f"layer {name!r} has shape {tuple(spec['shape'])} (in, out) in the file, {_shape(base)} in the model")
+    state, config = spec["state"], spec["config"]
+    options = {k: v for k, v in config.items() if k not in ("d", "out", "transform")}
+    if "rotation.gauge" in state:
+        options["gauge"] = state["rotation.gauge"]
+    try:
+        layer = _build(base, adapter, spec["method"], spec["side"], state.get("rotation.P"), "magnitude" in state,
+                       config["transform"], options, getattr(torch, spec["dtype"]))
+        if "past.P" in state:
+            layer.past = Rotation(layer.rotation.d, state["past.P"], "fixed", dtype=layer.rotation.dtype).to(_device(base))
+        differ = {k for k in layer.adapter_state().keys() | state.keys()
+                  if k not in state or k not in layer.adapter_state() or state[k].shape != layer.adapter_state()[k].shape}
+        if differ:
+            raise ValueError(f"{', '.join(sorted(differ))} missing, unknown or of another shape")
+        layer.load_state_dict(state, strict=False)
+    except ValueError as e:
+        raise ValueError(f"layer {name!r}: {e}") from None
+    return layer
+
+
+def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name as in the plain model: parameter} of everything but adapters."""
+    wrappers = sorted((n for n, m in model.named_modules() if isinstance(m, LOFTLinear)), key=len, reverse=True)
+    own, found = {id(p) for _, m in layers(model) for k, p in m.named_parameters() if not k.startswith("base.")}, {}
+    for n, p in model.named_parameters():
+        for w in wrappers:                                                    # innermost first
+            prefix = f"{w}." if w else ""
+            n = prefix + n.removeprefix(prefix + "base.") if n.startswith(prefix + "base.") else n
+        if id(p) not in own:
+            found[n] = p
+    return found
 
 
 def _build(base: nn.Module, name: str, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
@@ -942,34 +1036,27 @@ def _build(base: nn.Module, name: str, method: str, side: str, P: Tensor | None,
 
 def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Module:
     """Puts a `_payload` on the model as a new adapter, or into the one of that name if it agrees; all or nothing."""
-    modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model, adapter))
+    targets = {n: m for n, m in model.named_modules() if _shape(m)}
+    parameters, adapted, new = _plain_parameters(model), dict(layers(model, adapter)), {}
     wrong = [f"layer {n!r} is adapted in the model but not in the file" for n in adapted if n not in payload["layers"]]
-    new = {}
     for name, spec in payload["layers"].items():
-        layer, side, d = adapted.get(name, modules.get(name)), spec["side"], spec["config"]["d"]
-        has = (_shape(layer) or (None, None))[SIDES.index(side)] if layer is not None else None
-        if layer is None:
-            wrong.append(f"layer {name!r} is not in the model")
-        elif adapted and name not in adapted:
+        if adapted and name not in adapted:
             wrong.append(f"layer {name!r} is adapted in the file but not in the model")
-        elif has != d:
-            wrong.append(f"layer {name!r} rotates {d} dimensions on the {side} side in the file, the model has {has}")
+        elif name not in targets:
+            wrong.append(f"layer {name!r} is not in the model{_nearest(name, targets)}")
         else:
-            state = spec["state"]
-            options = {k: v for k, v in spec["config"].items() if k not in ("d", "out", "transform")}
-            options |= {"gauge": state["rotation.gauge"]} if "rotation.gauge" in state else {}
-            base = layer.base if adapted else layer
-            built = _build(base, adapter, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
-                           spec["config"]["transform"], options, getattr(torch, spec["dtype"]))
-            if "past.P" in state:
-                built.past = Rotation(d, state["past.P"], "fixed", dtype=built.rotation.dtype).to(_device(base))
-            built.load_state_dict(state, strict=False)
-            if adapted:
-                wrong += [f"layer {name!r}: {what} is {there!r} in the file, {here!r} in the model" for what, there, here in
-                          (("method", spec["method"], layer.method), ("side", side, layer.side),
-                           ("setting", spec["config"], layer.rotation.config), ("rank", built.rotation.r, layer.rotation.r))
-                          if there != here]
-            new[name] = built
+            old = adapted.get(name)
+            try:
+                new[name] = _from_spec(old.base if old else targets[name], spec, adapter, name)
+            except ValueError as e:
+                wrong.append(str(e))
+                continue
+            if old:
+                keys = lambda layer: {k: tuple(v.shape) for k, v in layer.adapter_state().items() if not k.startswith("past.")}
+                pairs = (("method", spec["method"], old.method), ("side", spec["side"], old.side), ("rank", new[name].rotation.r, old.rotation.r),
+                         ("setting", spec["config"], old.rotation.config), ("state", keys(new[name]), keys(old)))
+                wrong += [f"layer {name!r}: {what} is {there!r} in the file, {here!r} in the model" for what, there, here in pairs
+                          if there != here][:1]
     for name, value in payload["trainable"].items():
         has = parameters[name].shape if name in parameters else None
         if has != value.shape:
@@ -977,13 +1064,12 @@ def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Mo
     if wrong:
         raise ValueError(f"{origin} does not fit this model:\n  " + "\n  ".join(wrong))
 
-    if adapted:                                                               # in place: an optimizer may hold the parameters
-        for name, layer in new.items():
-            adapted[name].past = layer.past
-            adapted[name].load_state_dict(layer.adapter_state(), strict=False)
-    else:
+    for name, layer in new.items() if adapted else ():                        # in place: an optimizer may hold the parameters
+        adapted[name].past = layer.past
+        adapted[name].load_state_dict(layer.adapter_state(), strict=False)
+    if not adapted:
         model.requires_grad_(False)
-        _replace(model, {modules[name]: layer for name, layer in new.items()})
+        model = _replace(model, {targets[name]: layer for name, layer in new.items()})
     with torch.no_grad():
         for name, value in payload["trainable"].items():
             parameters[name].copy_(value).requires_grad_(True)
@@ -1000,9 +1086,9 @@ def principal(W: Tensor, r: int, svd: str = "auto") -> Tensor:
     svd="full" is exact; "lowrank" is torch.svd_lowrank with six subspace iterations; "auto" takes it for large
     weights at a small rank (min(out, in) > 2048 and 8 r below it). r above min(out, in) goes on into the null space.
     """
-    if svd not in ("auto", "full", "lowrank"):
-        raise ValueError(_unknown("svd", svd, ("auto", "full", "lowrank")))
     W, short = W.detach().to(torch.promote_types(W.dtype, torch.float32)), min(W.shape)
+    if not W.isfinite().all():
+        raise ValueError("its weight is not finite")
     if svd == "lowrank" or svd == "auto" and short > 2048 and 8 * r < short:
         return torch.svd_lowrank(W, q=min(r + 16, short), niter=6)[2][:, :r].contiguous()
     return torch.linalg.svd(W, full_matrices=r > short)[2][:r].mT.contiguous()
@@ -1038,7 +1124,7 @@ def _resolve_support(support, name: str, base: nn.Module, side: str, rank, trans
     if not 1 <= r <= d:
         raise ValueError(f"rank={r} must be between 1 and the dimension, {d}")
     if support in ("principal", "minor", "random"):
-        if not _mergeable(base):
+        if _weight(base) is None:
             raise ValueError(f"a {type(base).__name__} has no floating weight for support={support!r}; give a tensor")
         W = _matrix(base)
         if support == "minor":
@@ -1080,27 +1166,35 @@ def _matches(names: list[str], wanted) -> list[str]:
     return [n for n in names if any(f".{w}." in f".{n}." for w in wanted)]
 
 
+def _weight(module: nn.Module) -> Tensor | None:
+    """Its floating weight, if it has one."""
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a layer that can be adapted: linear-like, transformers' Conv1D, or Conv2d with in = channels × kernel."""
     if isinstance(module, nn.Conv2d):
         return module.weight[0].numel(), module.out_channels
-    if isinstance(getattr(module, "nf", None), int):
-        return tuple(module.weight.shape)
+    if isinstance(getattr(module, "nf", None), int) and not isinstance(module, LOFTLinear):
+        return tuple(module.weight.shape) if isinstance(_weight(module), Tensor) and module.weight.ndim == 2 else None
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return shape if all(isinstance(n, int) for n in shape) else None
 
 
 def _matrix(module: nn.Module) -> Tensor:
     """The weight as (out, in): Conv1D stores its transpose, a convolution (out, channels, height, width)."""
-    return module.weight.mT if hasattr(module, "nf") else module.weight.flatten(1)
+    weight = module.exact_weight() if isinstance(module, LOFTLinear) and module.enabled else module.weight
+    return weight.mT if hasattr(module, "nf") else weight.flatten(1)
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Puts new[m] in every place where module m stands."""
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Puts new[m] in every place where module m stands; returns the model, or what stands for it."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child in new:
                 parent._modules[key] = new[child]
+    return new.get(model, model)
 
 
 def _device(module: nn.Module) -> torch.device:

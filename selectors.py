@@ -10,7 +10,7 @@ For a rotation on the output side (R W0) pass the transposes: S = skew(W0Gᵀ) u
 
     from loft import selectors
     P = selectors.skew(W0, G, r=32)                                            # the best P there is, for this G
-    P = selectors.select(model, batches, loss_fn, rank=32, kind="skew")        # {layer: P}, dense G never formed
+    P = selectors.select(model, batches, loss_fn, rank=32, kind="skew")        # {layer: P}; dense G only where layers are small
     loft.adapt(model, support=P)
     P = selectors.within(model, batches, loss_fn, budget=20_000)               # or: parameters where planes are strongest
 """
@@ -336,8 +336,8 @@ def within(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max
     selection at max_rank, `spend`, `trim`. `options` go to `select`.
     """
     found, side = _target_layers(model, targets), 0 if options.get("side") == "output" else 1
-    rank = {n: min(max_rank, _matrix(m).shape[side]) // 2 * 2 for n, m in found.items()}
-    wide = select(model, batches, loss_fn, rank, "skew", found, **options)
+    rank = {n: r for n, m in found.items() if (r := min(max_rank, _matrix(m).shape[side]) // 2 * 2)}
+    wide = select(model, batches, loss_fn, rank, "skew", {n: found[n] for n in rank}, **options)
     return trim(wide, spend(wide.sigma, budget))
 
 
@@ -354,6 +354,8 @@ def union(tasks: list[Supports], rank: int) -> Supports:
     """
     joined = Supports()
     for n in tasks[0]:
+        if not all(n in t and 2 * len(t.sigma.get(n, ())) == t[n].shape[1] for t in tasks):
+            raise ValueError(f"layer {n!r}: every task needs a support of kind 'skew' (or 'rescored') and even rank for it")
         weighted = [t[n] * (t.sigma[n] / t.sigma[n][0]).repeat_interleave(2) for t in tasks]      # (in, 2·planes)
         U, s, _ = torch.linalg.svd(torch.cat(weighted, 1), full_matrices=False)
         r = min(rank, int((s > 1e-4 * s[0]).sum()))
@@ -374,7 +376,7 @@ def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], se
     def add(name, x, delta, y):
         a, b = (delta, x) if second is None else _counted(x if second == "input" else y, delta)
         sums[name] = sums[name].addmm_(a.mT, b) if name in sums else a.mT @ b
-    _sweep(model, batches, loss_fn, layers, add)
+    _sweep(model, batches, loss_fn, layers, add, second == "output")
     return _reduce(sums, layers, lambda m: (_matrix(m).shape if second is None else [_matrix(m).shape[second == "input"]] * 2))
 
 
@@ -390,7 +392,7 @@ def _thin_products(model, batches, loss_fn, layers, pairs, second: str | None = 
             rows, X = _counted(x if second == "input" else y, delta)[0], A if second == "input" else B
             a = b = rows.mT @ (rows @ X)
         left[name], right[name] = (left[name] + a, right[name] + b) if name in left else (a, b)
-    _sweep(model, batches, loss_fn, layers, add)
+    _sweep(model, batches, loss_fn, layers, add, second == "output")
     shape = lambda i, j: lambda n: (_matrix(layers[n]).shape[i], pairs[n][j].shape[1])
     if second is None:
         shapes = shape(0, 0), shape(1, 1)
@@ -418,37 +420,43 @@ def _reduce(sums: dict[str, Tensor], layers: dict, shape, like=None) -> dict[str
             t = like[n][0] if like else layer.weight
             sums[n] = torch.zeros(*shape(layer), dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
         torch.distributed.all_reduce(sums[n])
-    return {n: X for n, X in sums.items() if X.any()}
+    return {n: X for n, X in sums.items() if X.any() or not X.numel()}
 
 
-def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add) -> None:
-    """Runs loss and backward on every batch, calling add(name, x, δ, y) with each layer's rows, float32 or wider.
+def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add, outputs: bool = False) -> None:
+    """Runs loss and backward on every batch, calling add(name, x, δ, y or None) with each layer's rows, float32 or wider.
 
     Parameters are frozen and the model is in eval mode meanwhile.
     """
     def hook(name):
-        def forward(module, args, y):
+        def forward(module, args, kwargs, y):
             if not torch.is_grad_enabled():
                 return y                                                      # a checkpointed block: its recomputation comes
-            x = args[0].detach()
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            version = x._version
             # frozen weights below this layer: the graph has to begin here (cloned, so later in-place steps may act)
             y = y if y.requires_grad else y.detach().requires_grad_().clone()
-            rows = y.detach()
+            rows = y.detach().clone() if outputs else None
 
             def backward(delta):
+                if x._version != version:
+                    raise ValueError(f"layer {name!r}: its input is changed in place after the call (as in h += layer(h)), so its gradient "
+                                     "cannot be read off; use h = h + layer(h), or leave the layer out of targets")
                 with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), _rows(rows, module, "output"))
+                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), _rows(rows, module, "output") if outputs else None)
             y.register_hook(backward)
             return y
         return forward
 
     flags, modes = [(p, p.requires_grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     count, total = 0, len(batches) if hasattr(batches, "__len__") else "?"
     try:
         model.requires_grad_(False).eval()
         for layer in layers.values():                                          # a quantised layer may repack itself in eval mode
-            layer.train()
+            while hasattr(layer, "rotation"):
+                layer = layer.base
+            layer.training = not _floating(layer)
         for count, batch in enumerate(batches, 1):
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -484,13 +492,17 @@ def _wide(X: Tensor) -> Tensor:
     return X.detach().to(torch.promote_types(X.dtype, torch.float32))
 
 
+def _floating(module: nn.Module) -> bool:
+    return isinstance(W := getattr(module, "weight", None), Tensor) and W.is_floating_point()
+
+
 def _matrix(module: nn.Module) -> Tensor:
     """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height, width).
 
     A layer without a floating weight (quantised) is asked what it does to the identity.
     """
-    W = getattr(module, "weight", None)
-    if isinstance(W, Tensor) and W.is_floating_point():
+    if _floating(module):
+        W = module.weight
         return W.mT if hasattr(module, "nf") else W.flatten(1)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     with torch.no_grad():
@@ -500,9 +512,11 @@ def _matrix(module: nn.Module) -> Tensor:
 
 def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
     """Inputs or outputs of `module` as rows (n, features), float32 or wider; of a convolution, a row a position (its patch)."""
-    conv, x = getattr(module, "base", module), _wide(x)
+    conv, x = module, _wide(x)
+    while hasattr(conv, "rotation"):
+        conv = conv.base
     if isinstance(conv, nn.Conv2d) and side == "output":
-        x = x.flatten(2).mT
+        x = x.flatten(-2).mT
     elif isinstance(conv, nn.Conv2d):
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
@@ -547,13 +561,17 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     """The layers that `loft.target_layers` names: its twin, so that this file needs no other."""
     if isinstance(targets, dict):
         return targets
-    linear = {n: m for n, m in model.named_modules() if n and (hasattr(m, "in_features") or hasattr(m, "nf") or
-                                                               isinstance(m, nn.Conv2d) and targets is not None)}
-    linear = {n: m for n, m in linear.items() if n.removesuffix(".base") not in linear or not n.endswith(".base")}
+    linear = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "in_features", None), int) or isinstance(m, nn.Conv2d)
+              or hasattr(m, "nf") and _floating(m)}
+    linear = {n: m for n, m in linear.items() if not (n.endswith(".base") and hasattr(linear.get(n[:-5]), "rotation"))}
+    if "" in linear:
+        return {"": model}
+    linear = {n: m for n, m in linear.items() if hasattr(m, "rotation") or not any(k.startswith(n + ".") for k in linear)}
     if targets is None:
+        linear = {n: m for n, m in linear.items() if not isinstance(getattr(m, "base", m), nn.Conv2d)}
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = [n for n, m in linear.items() if m is output or id(m.weight) in tied
+        heads = [n for n, m in linear.items() if m is output or id(getattr(m, "weight", None)) in tied
                  or n.split(".")[-1] in ("lm_head", "head", "classifier", "score")] or list(linear)[-1:]
         wanted = lambda n, m: n not in heads
     elif isinstance(targets, str):
@@ -561,6 +579,9 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     else:
         wanted = targets if callable(targets) else lambda n, m: any(f".{t}." in f".{n}." for t in targets)
     found = {n: m for n, m in linear.items() if wanted(n, m)}
-    if not found:
-        raise ValueError(f"targets={targets!r} match none of the linear layers: {', '.join(list(linear)[:8])}")
+    lost = [] if callable(targets) or isinstance(targets, str | None) else [t for t in targets if not any(f".{t}." in f".{n}." for n in linear)]
+    if not found or lost:
+        raise ValueError(f"targets={lost or targets!r} match none of the linear layers: {', '.join(list(linear)[:8])}")
+    if grouped := [n for n, m in found.items() if getattr(getattr(m, "base", m), "groups", 1) != 1]:
+        raise ValueError(f"layer {grouped[0]!r}: a grouped convolution has no one input side; leave it out of targets")
     return found
