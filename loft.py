@@ -377,6 +377,7 @@ class LOFTLinear(nn.Module):
         if rotation.d != d:
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
         self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
+        self.fused = None                                                     # set by kernels.fuse: the fast path
         self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype)) if magnitude else None
 
     in_features = property(lambda self: self.base.in_features)
@@ -402,6 +403,8 @@ class LOFTLinear(nn.Module):
     def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rotated layer's output and its bias b."""
         b = getattr(self.base, "bias", None)
+        if self.fused is not None:
+            return self.fused(self, x), b                                     # the same, by kernels.py
         if self.side == "input":
             return self.base(self.rotation(x)), b                             # y = (x Rᵀ) W0ᵀ + b
         y = self.base(x)
@@ -452,7 +455,7 @@ Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
           support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
           magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: Targets = (), seed: int = 0,
-          **options) -> nn.Module:
+          backend: str = "eager", **options) -> nn.Module:
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
     Args:
@@ -471,6 +474,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
             the singular values are split evenly between the two factors (see `Rotation`'s gauge).
         trainable: further parameters that stay trainable, in the grammar of `targets`, by parameter name.
         seed: of random supports and of initial reflections.
+        backend: "eager", or "fused" for the fast twins in kernels.py (see `kernels.fuse`).
     Returns:
         the model itself.
     Raises:
@@ -480,6 +484,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         raise ValueError(_unknown("method", method, METHODS))
     if side not in SIDES:
         raise ValueError(_unknown("side", side, SIDES))
+    if backend not in ("eager", "fused"):
+        raise ValueError(_unknown("backend", backend, ("eager", "fused")))
+    kernels = importlib.import_module(__name__ + ".kernels") if backend == "fused" else None
     if adapted := [name for name, _ in layers(model)]:
         raise ValueError(f"the model is already adapted ({adapted[0]} and {len(adapted) - 1} more); merge it first")
     preset = METHODS[method]
@@ -513,7 +520,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     for name, p in model.named_parameters():                                  # from here on nothing can fail
         p.requires_grad_(name in keep)
     _replace(model, {found[name]: layer for name, layer in wrapped.items()})
-    return model
+    return model if kernels is None else kernels.fuse(model)
 
 
 def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
@@ -571,6 +578,8 @@ def merge(model: nn.Module) -> nn.Module:
         if not (isinstance(getattr(layer.base, "weight", None), Tensor) and layer.base.weight.is_floating_point()):
             raise ValueError(f"layer {name!r}: a {type(layer.base).__name__} has no floating weight to merge into; "
                              "keep it adapted")
+    if any(layer.fused is not None for _, layer in found):
+        importlib.import_module(__name__ + ".kernels").unfuse(model)          # takes its hooks off the model
     for _, layer in found:
         was, layer.enabled = layer.enabled, True
         weight = layer.weight
