@@ -300,7 +300,7 @@ class Batch(Function):
 
     @staticmethod
     def forward(ctx, group, *parameters):
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):   # a checkpoint's stay outside
             leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p)) for p in group.by_name(parameters)]
             outputs = group.make(leaves)
         ctx.group, ctx.leaves, ctx.outputs = group, leaves, outputs
