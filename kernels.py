@@ -99,8 +99,7 @@ class Blocks(Function):
     @staticmethod
     def forward(ctx, x, D, b, top):
         u = x if b is None else x - b
-        y = u.clone()
-        _blocks(y, D).baddbmm_(_blocks(u, D), D.mT)                           # u Tᵀ, block by block
+        y = _times(u, D.mT)                                                   # u Tᵀ, block by block
         tops = None
         if top is not None:
             tops = y[:, ::D.shape[-1]].contiguous()                           # (n, k)
@@ -120,15 +119,20 @@ class Blocks(Function):
             g[:, ::D.shape[-1]] += ht @ top                                   # ∂L/∂(u Tᵀ below the top)
         g = g.contiguous()
         dD = torch.bmm(_blocks(g, D).mT, _blocks(u, D)) if ctx.needs_input_grad[1] else None   # gᵀ u of each block
-        dx = g.clone() if ctx.needs_input_grad[0] or ctx.needs_input_grad[2] else None
-        if dx is not None:
-            _blocks(dx, D).baddbmm_(_blocks(g, D), D)                         # g T
+        dx = _times(g, D) if ctx.needs_input_grad[0] or ctx.needs_input_grad[2] else None      # g T
         return dx, dD, h.sum(0) - dx.sum(0) if ctx.needs_input_grad[2] else None, dtop
 
 
 def _blocks(x: Tensor, D: Tensor) -> Tensor:
     """Columns of x (n, k c) as k blocks: (k, n, c), a view."""
     return x.unflatten(-1, (-1, D.shape[-1])).transpose(0, 1)
+
+
+def _times(x: Tensor, D: Tensor) -> Tensor:
+    """x (I + D), block by block; in half precision I + D would drop the digits of D, so there x + x D."""
+    if x.dtype in (torch.float32, torch.float64):
+        return torch.bmm(_blocks(x, D), D + _eye(D)).transpose(0, 1).flatten(1)
+    return x + torch.bmm(_blocks(x, D), D).transpose(0, 1).flatten(1)
 
 
 class Reflect(Function):
@@ -166,7 +170,10 @@ class Cayley(Function):
 
     @staticmethod
     def forward(ctx, Q):
-        D = _polish(torch.linalg.solve(_eye(Q) - Q, 2 * Q, left=False))
+        D = torch.linalg.solve(_eye(Q) - Q, 2 * Q, left=False)
+        # a small Q loses no digits; only where asking costs nothing: on a GPU it would wait for the device
+        if torch.compiler.is_compiling() or D.device.type != "cpu" or not bool(Q.abs().amax() <= 1):
+            D = _polish(D)
         ctx.save_for_backward(D)
         return D
 
@@ -478,7 +485,7 @@ def _state(p: Tensor):
     """What changes when a tensor is edited in place, stepped by an optimizer or given other storage."""
     if p.is_inference():
         return object()                                                       # keeps no version: equal to nothing, never cached
-    return (p._version, p.data_ptr(), p.requires_grad, _steps) if isinstance(p, nn.Parameter) else p._version
+    return (p._version, p.data_ptr(), p.requires_grad and _steps + 1) if isinstance(p, nn.Parameter) else p._version
 
 
 _steps = 0                                                                    # of all optimizers: fused ones leave no version behind
