@@ -298,6 +298,10 @@ def _block_diagonal(D: Tensor) -> Tensor:
     return torch.einsum("lkij,km->lkimj", D, _eye(D, D.shape[1])).flatten(3).flatten(1, 2)
 
 
+def _keep(t: Tensor) -> Tensor:
+    return t
+
+
 class Batch(Function):
     """Group.make of stacked parameters for L layers, as one node of the graph that can be walked back repeatedly.
 
@@ -307,7 +311,7 @@ class Batch(Function):
 
     @staticmethod
     def forward(ctx, group, *parameters):
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):   # a checkpoint's stay outside
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):   # a checkpoint's stay outside
             leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p)) for p in group.by_name(parameters)]
             outputs = group.make(leaves)
         ctx.group, ctx.leaves, ctx.outputs = group, leaves, outputs
