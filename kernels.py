@@ -5,12 +5,12 @@
 
 Three ideas, in the order of this file:
 
-1. Autograd functions for y = base(x + z (Tᵀ − I) Pᵀ), z = x P, that keep z (n × r) for backward and do in one pass
-   what eager code does in three; a rotation of all coordinates (OFT, BOFT, GOFT, HRA) keeps its input and nothing else.
+1. Autograd functions for y = base(x + z (Tᵀ − I) Pᵀ), z = x P, that keep z (n × r) for backward and add in one pass
+   what eager code adds in three; a rotation of all coordinates (OFT, BOFT, GOFT) keeps its input and nothing else.
 2. T − I of all layers that have one shape, in one batched computation: one solve for the model, not one a layer.
-   A product of sparse stages (BOFT's butterflies, GOFT's tree) is multiplied out once into small dense blocks, which
-   costs nothing in the number of rows; the rows then pass through one batched product in place of m gathers.
-3. A cache of those T, which gradient accumulation, recomputation in checkpoints and evaluation all reuse.
+   A product of sparse stages (BOFT's butterflies, GOFT's tree) is multiplied out into small dense blocks, at a cost
+   that does not grow with the number of rows; the rows then pass through one batched product in place of m gathers.
+3. A cache of those T, which gradient accumulation, recomputation in checkpoints and evaluation reuse.
 
 Under torch.compile the same batched T is built inside the graph, and Inductor fuses the rest from plain operations.
 This file imports torch alone; it knows loft.py's layers by their attributes.
@@ -24,19 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 1. Rows through a rotation. x is (n, d) and D is T − I throughout; h is the gradient of the output.
+# 1. Rows through a rotation. D is T − I throughout; h and g are gradients of outputs.
 # ---------------------------------------------------------------------------------------------------------
 
 class Rotate(Function):
-    """x + (z − bP) Dᵀ Pᵀ with z = xP: rows x (n, d) through R = I + P (T − I) Pᵀ.
+    """x + (z − bP) Dᵀ Pᵀ with z = xP: rows x (n, d) through R = I + P (T − I) Pᵀ, P (d, r), D (r, r).
 
-    P (d, r), D (r, r), all of one dtype. b (d,) or None is taken off x before the rotation, not after (an output
-    side's bias). z is x P where the caller has it already; then its gradient goes to z, and x gets only its own.
-    Keeps z (n, r).
+    b (d,) or None is taken off x before the rotation and not after (an output side's bias). z is given where several
+    layers share it; then its gradient goes to z, and x gets only its own. Keeps z (n, r).
     """
 
     @staticmethod
@@ -45,7 +45,7 @@ class Rotate(Function):
         z = x @ P if z is None else z                                         # (n, r)
         z = z if b is None else z - b @ P
         ctx.save_for_backward(z, D, P)
-        return torch.addmm(x, z @ D.mT, P.mT)                                 # x + z Dᵀ Pᵀ in one pass
+        return torch.addmm(x, z @ D.mT, P.mT)                                 # x + z Dᵀ Pᵀ, in one pass
 
     @staticmethod
     @once_differentiable
@@ -61,11 +61,11 @@ class Rotate(Function):
 
 
 class RotatedLinear(Function):
-    """x W0ᵀ + b + z Dᵀ Bᵀ with z = xA: the whole rotated layer, the rotation moved past the frozen weight.
+    """x W0ᵀ + b + z Dᵀ Bᵀ with z = xA: the whole rotated layer, the rotation moved past the frozen weight W0 (out, in).
 
     A, B (in, r), (out, r) are P, W0P for W0 R and W0ᵀP, P for R W0, so it is one formula for both sides. Its thin
-    products cost n r (in + out), against 2 n r in of `Rotate` before the weight; and where x needs no gradient, the
-    gradient of T needs no pass through W0 at all. Keeps z (n, r).
+    products cost n r (in + out), those of `Rotate` 2 n r times the rotated dimension; and where x needs no gradient,
+    the gradient of T does not pass through W0 at all. Keeps z (n, r).
     """
 
     @staticmethod
@@ -79,9 +79,8 @@ class RotatedLinear(Function):
     @once_differentiable
     def backward(ctx, g):
         z, D, W, A, B = ctx.saved_tensors
-        gB = g @ B                                                            # (n, r)
+        gB, dx = g @ B, None                                                  # (n, r)
         dz = gB @ D                                                           # ∂L/∂z = g B D
-        dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ W                                                        # ∂L/∂x = g W0 + g B D Aᵀ
             dx = dx.addmm_(dz, A.mT) if ctx.own else dx
@@ -90,19 +89,18 @@ class RotatedLinear(Function):
 
 
 class Blocks(Function):
-    """x + u Dᵀ, u = x − b, with D block-diagonal (k, c, c); then, for GOFT, a dense `top` on every c-th coordinate.
+    """x + u Dᵀ, u = x − b, with D block-diagonal (k, c, c), d = k c; then, for GOFT, `top` on every c-th coordinate.
 
-    d = k c. The blocks are strided views of x's columns, one batched product for all of them, without a gather.
-    Keeps u, which is x itself where there is no b, and with a top also its (n, k) input.
+    The blocks are strided views of x's columns, one batched product for all of them. Keeps u, which is x where there
+    is no b; with a top (k, k) also its input (n, k).
     """
 
     @staticmethod
     def forward(ctx, x, D, b, top):
-        u = x if b is None else x - b
-        y = _times(u, D.mT)                                                   # u Tᵀ, block by block
-        tops = None
+        u, tops = x if b is None else x - b, None
+        y = _times(u, D.mT)                                                   # u Tᵀ
         if top is not None:
-            tops = y[:, ::D.shape[-1]].contiguous()                           # (n, k)
+            tops = y[:, ::D.shape[-1]].contiguous()
             y[:, ::D.shape[-1]] += tops @ top.mT
         ctx.save_for_backward(u, D, top, tops)
         return y if b is None else x + (y - u)                                # exact where T = I
@@ -111,77 +109,75 @@ class Blocks(Function):
     @once_differentiable
     def backward(ctx, h):
         u, D, top, tops = ctx.saved_tensors
-        dtop, g = None, h
+        dtop, g, c = None, h, D.shape[-1]
         if top is not None:
-            ht = h[:, ::D.shape[-1]]
-            dtop = ht.mT @ tops
-            g = h.clone()
-            g[:, ::D.shape[-1]] += ht @ top                                   # ∂L/∂(u Tᵀ below the top)
-        g = g.contiguous()
-        dD = torch.bmm(_blocks(g, D).mT, _blocks(u, D)) if ctx.needs_input_grad[1] else None   # gᵀ u of each block
+            dtop, g = h[:, ::c].mT @ tops, h.clone()
+            g[:, ::c] += h[:, ::c] @ top                                      # from above the top to below it
+        dD = torch.bmm(_blocks(g, c).mT, _blocks(u, c)) if ctx.needs_input_grad[1] else None   # gᵀ u of each block
         dx = _times(g, D) if ctx.needs_input_grad[0] or ctx.needs_input_grad[2] else None      # g T
         return dx, dD, h.sum(0) - dx.sum(0) if ctx.needs_input_grad[2] else None, dtop
 
 
-def _blocks(x: Tensor, D: Tensor) -> Tensor:
+def _blocks(x: Tensor, c: int) -> Tensor:
     """Columns of x (n, k c) as k blocks: (k, n, c), a view."""
-    return x.unflatten(-1, (-1, D.shape[-1])).transpose(0, 1)
+    return x.unflatten(-1, (-1, c)).transpose(0, 1)
 
 
 def _times(x: Tensor, D: Tensor) -> Tensor:
     """x (I + D), block by block; in half precision I + D would drop the digits of D, so there x + x D."""
-    if x.dtype in (torch.float32, torch.float64):
-        return torch.bmm(_blocks(x, D), D + _eye(D)).transpose(0, 1).flatten(1)
-    return x + torch.bmm(_blocks(x, D), D).transpose(0, 1).flatten(1)
+    whole = x.dtype in (torch.float32, torch.float64)
+    y = torch.bmm(_blocks(x, D.shape[-1]), D + _eye(D) if whole else D).transpose(0, 1).flatten(1)
+    return y if whole else x + y
 
 
-class Reflect(Function):
-    """x − z Kᵀ Vᵀ with z = (x − b) V: k reflections in compact WY form, T = I − V K Vᵀ (HRA). V (d, k), K (k, k).
+def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tensor, _=None) -> Tensor:
+    """Rows x + ((x − b) P) Dᵀ Pᵀ."""
+    if is_compiling():
+        return x + (((x if b is None else x - b) @ P) @ D.mT) @ P.mT
+    return Rotate.apply(x, z, D, P, b)
 
-    Keeps x − b, which is x itself where there is no b: V learns, so its gradient needs it.
-    """
 
-    @staticmethod
-    def forward(ctx, x, V, K, b):
-        u = x if b is None else x - b
-        ctx.save_for_backward(u, V, K)
-        return torch.addmm(x, (u @ V) @ K.mT, V.mT, alpha=-1)
+def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
+    """Rows x + (x − b) Dᵀ, D block-diagonal, then `top` on every c-th coordinate."""
+    d, c = x.shape[-1], D.shape[-1]
+    if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
+        x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
+    if not is_compiling():
+        return Blocks.apply(x, D, b, top)[:, :d]
+    u = (x if b is None else x - b).unflatten(-1, (-1, c))                    # (n, k, c)
+    change = torch.einsum("nkb,kcb->nkc", u, D)
+    if top is not None:
+        change = torch.cat([change[..., :1] + ((u + change)[..., 0] @ top.mT)[..., None], change[..., 1:]], -1)
+    return (x + change.flatten(-2))[:, :d]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, h):
-        u, V, K = ctx.saved_tensors
-        z, hV = u @ V, h @ V                                                  # (n, k)
-        dz = hV @ K                                                           # −∂L/∂z
-        dV = -(u.mT @ dz + h.mT @ (z @ K.mT))                                 # (d, k)
-        dx = torch.addmm(h, dz, V.mT, alpha=-1)
-        return dx, dV, -(hV.mT @ z), h.sum(0) - dx.sum(0) if ctx.needs_input_grad[3] else None
+
+def in_reflections(x: Tensor, z: None, b: Tensor | None, V: Tensor, K: Tensor) -> Tensor:
+    """Rows x − ((x − b) V) Kᵀ Vᵀ: T = I − V K Vᵀ, V (d, k), K (k, k). (V learns, so autograd has to keep x.)"""
+    return torch.addmm(x, ((x if b is None else x - b) @ V) @ K.mT, V.mT, alpha=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 2. T − I of L layers at once. Parameters come stacked, (L, …), in float64 (float32 on MPS).
+# 2. T − I of L layers at once, from stacked parameters (L, …)
 # ---------------------------------------------------------------------------------------------------------
 
 class Cayley(Function):
-    """T − I = 2 Q (I − Q)⁻¹ of skew Q (…, b, b), polished by two Newton–Schulz steps; its backward needs no solve.
+    """T − I = 2 Q (I − Q)⁻¹ of skew Q (…, b, b), polished if asked; its backward needs no solve.
 
-    dT = 2 M dQ M with M = (I − Q)⁻¹ = I + (T − I)/2, so ∂L/∂Q = 2 Mᵀ (∂L/∂T) Mᵀ: two products with what forward found.
+    dT = 2 M dQ M with M = (I − Q)⁻¹ = I + (T − I)/2, so ∂L/∂Q = 2 Mᵀ G Mᵀ for G = ∂L/∂T: two products.
     """
 
     @staticmethod
-    def forward(ctx, Q):
+    def forward(ctx, Q, polish):
         D = torch.linalg.solve(_eye(Q) - Q, 2 * Q, left=False)
-        # a small Q loses no digits; only where asking costs nothing: on a GPU it would wait for the device
-        if torch.compiler.is_compiling() or D.device.type != "cpu" or not bool(Q.abs().amax() <= 1):
-            D = _polish(D)
+        D = _polish(D) if polish else D
         ctx.save_for_backward(D)
         return D
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
-        M = _eye(G) + ctx.saved_tensors[0] / 2
-        return 2 * M.mT @ G @ M.mT
+        N = 2 * _eye(G) + ctx.saved_tensors[0]                                # 2M
+        return N.mT @ (G / 2) @ N.mT, None
 
 
 def _eye(like: Tensor, n: int | None = None) -> Tensor:
@@ -189,14 +185,14 @@ def _eye(like: Tensor, n: int | None = None) -> Tensor:
 
 
 def _polish(D: Tensor) -> Tensor:
-    """Two steps T ← T (I − ½(TᵀT − I)), which restore TᵀT = I; written in D = T − I."""
+    """Two Newton–Schulz steps T ← T (I − ½(TᵀT − I)), which restore TᵀT = I; written in D = T − I."""
     for _ in range(2):
         E = D + D.mT + D.mT @ D
         D = D - (E + D @ E) / 2
     return D
 
 
-def skew_blocks(g: Tensor, b: int, map: str, terms: int, bound: float | None) -> Tensor:
+def skew_blocks(g: Tensor, b: int, map: str, terms: int, bound: float | None, polish: bool = True) -> Tensor:
     """T − I (…, b, b) of generators g (…, b(b−1)/2): Q = U − Uᵀ, ‖Q‖_F ≤ bound, then the map."""
     i, j = torch.triu_indices(b, b, 1, device=g.device)
     U = g.new_zeros(*g.shape[:-1], b, b)
@@ -205,7 +201,7 @@ def skew_blocks(g: Tensor, b: int, map: str, terms: int, bound: float | None) ->
     if bound is not None:
         Q = Q * (bound / (torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5).clamp(min=bound))
     if map == "cayley":
-        return Cayley.apply(Q)
+        return Cayley.apply(Q, polish)
     if map == "expm":
         D = torch.linalg.matrix_exp(Q) - _eye(Q)
         return D + (_polish(D.detach()) - D.detach())                         # the polish's derivative is the identity
@@ -233,63 +229,58 @@ def multiply_butterflies(D: Tensor) -> Tensor:
 
 
 def multiply_givens(G: Tensor, r: int, c: int, first: int = 0) -> Tensor:
-    """T − I of GOFT's stages `first`, `first` + 1, … on r coordinates: G − I (L, pairs, 2, 2) → blocks (L, ⌈r/c⌉, c, c).
+    """T − I of log2(c) stages of GOFT's tree on r coordinates: G − I (L, pairs, 2, 2) → blocks (L, ⌈r/c⌉, c, c).
 
-    c = 2^stages. Stage s rotates coordinates 2j·2^s and (2j + 1)·2^s as a row pair, (a, b) ↦ (a, b) G. Pairs
-    beyond r are the identity. Coordinates are those that stage `first` sees.
+    Stage s takes row pairs of coordinates 2j·2^s and (2j + 1)·2^s by (a, b) ↦ (a, b) G; `first` is stage 0's first
+    pair. Pairs that reach beyond r are the identity.
     """
     k = -(-r // c)
-    y = _eye(G, c).expand(len(G), k, c, c)                                    # rows e_i, to become the rows of Tᵀ
-    step = 1
+    y, step = _eye(G, c).expand(len(G), k, c, c), 1                           # rows e_i, to become the rows of Tᵀ
     while step < c:
         pairs, slots = -(-r // step) // 2, k * c // (2 * step)
         stage = F.pad(G[:, first:first + pairs], (0, 0, 0, 0, 0, slots - pairs)).unflatten(1, (k, -1))
-        seen = y.unflatten(-1, (-1, 2, step))                                 # offset 0 of each step turns, the others wait
+        seen = y.unflatten(-1, (-1, 2, step))                                 # offset 0 of each step turns, the rest wait
         turned = seen[..., 0] + torch.einsum("lgrpa,lgpab->lgrpb", seen[..., 0], stage)
         y = torch.cat([turned[..., None], seen[..., 1:]], -1).flatten(-3)
         first, step = first + pairs, 2 * step
     return y.mT - _eye(G, c)
 
 
-def _skew(g, alpha=None, beta=None, gauge=None, *, b, map, terms, bound, dense, blocks):
-    """Blocks (L, k, c, c), or with dense=True (L, r, r), of `Skew` with its vectors: diag(β/γ) T diag(αγ) − I."""
-    D = skew_blocks(g, b, map, terms, bound)                                  # (L, m, k or 1, b, b)
-    D = D.expand(-1, -1, blocks, -1, -1)
+def _skew(g, alpha=None, beta=None, gauge=None, *, b, map, terms, bound, dense, blocks, polish=True):
+    """`Skew` with Rotation's vectors, diag(β/γ) T diag(αγ) − I: blocks (L, k, c, c), or with dense=True (L, r, r)."""
+    D = skew_blocks(g, b, map, terms, bound, polish).expand(-1, -1, blocks, -1, -1)   # (L, m, k, b, b)
     D = multiply_butterflies(D) if D.shape[1] > 1 else D[:, 0]
-    if dense:
-        D = _block_diagonal(D)[:, None]                                       # one block
+    D = _block_diagonal(D)[:, None] if dense and D.shape[1] > 1 else D
     if alpha is not None or gauge is not None:
         one = D.new_ones(D.shape[:3])                                         # (L, k, c)
         alpha, beta, gauge = (one if v is None else v.view_as(one) for v in (alpha, beta, gauge))
         D = (beta / gauge)[..., None] * D * (alpha * gauge)[..., None, :] + torch.diag_embed(alpha * beta - 1)
-    return (D[:, 0],) if dense else (D,)
+    return (D[:, 0] if dense else D,)
 
 
 def _givens(g, *, r, relaxed, dense):
-    """(blocks (L, ⌈r/32⌉, 32, 32), top (L, ⌈r/32⌉, ⌈r/32⌉)), or with dense=True (L, r, r), of `Givens`."""
+    """`Givens`: (blocks (L, k, 32, 32), top (L, k, k)) with k = ⌈r/32⌉, or with dense=True (L, r, r)."""
     if not relaxed:
         c, s = -2 * torch.sin(g / 2) ** 2, torch.sin(g)                       # cos θ − 1 = −2 sin²(θ/2)
         g = torch.cat([c, -s, s, c], -1)
     G = g.unflatten(-1, (2, 2))                                               # (L, r − 1, 2, 2)
     if dense or r <= 32:
         D = multiply_givens(G, r, 1 << (r - 1).bit_length())
-        return (D[:, 0, :r, :r],) if dense else (D, None)
-    low, top = multiply_givens(G, r, 32), -(-r // 32)
-    used = sum(-(-r // step) // 2 for step in (1, 2, 4, 8, 16))               # pairs of the five stages below the top
-    return low, multiply_givens(G, top, 1 << (top - 1).bit_length(), used)[:, 0, :top, :top]
+        return (D[:, 0, :r, :r] if dense else D,)
+    k, below = -(-r // 32), sum(-(-r // step) // 2 for step in (1, 2, 4, 8, 16))   # pairs in the stages below the top
+    return multiply_givens(G, r, 32), multiply_givens(G, k, 1 << (k - 1).bit_length(), below)[:, 0, :k, :k]
 
 
 def _householder(u, *, dense):
-    """(V (L, r, k), K (L, k, k)) with T = I − V K Vᵀ, or with dense=True −V K Vᵀ (L, r, r), of `Householder`."""
+    """`Householder`: (V (L, r, k), K (L, k, k)) with T = I − V K Vᵀ, or with dense=True T − I (L, r, r)."""
     v = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)
-    a, c = v[..., 0::2], v[..., 1::2] - v[..., 0::2]                          # pairs (a, b) carried as (a, b − a)
+    a, c = v[..., 0::2], v[..., 1::2] - v[..., 0::2]                          # a pair (a, b) is carried as (a, b − a)
     V = torch.stack([a, c], -1).flatten(-2)
-    h = (c * c).sum(-2) / 2                                                   # (L, k/2)
+    h = (c * c).sum(-2) / 2                                                   # 1 − aᵀb, (L, k/2)
     half = torch.full_like(h, 0.5)
     pair = torch.stack([torch.stack([half, half - h], -1), torch.stack([-half, h], -1)], -2)   # (L, k/2, 2, 2)
-    gram = torch.triu(V.mT @ V, 1)
-    apart = 1 - _block_diagonal(torch.ones_like(pair))
-    K = torch.linalg.inv(gram * apart + _block_diagonal(pair))                # S⁻¹, S = ½ I + strictly upper VᵀV, in this basis
+    gram = torch.triu(V.mT @ V, 1) * (1 - _block_diagonal(torch.ones_like(pair)))
+    K = torch.linalg.inv(gram + _block_diagonal(pair))                        # S⁻¹, S = ½ I + strictly upper VᵀV, in pairs
     return (-(V @ K @ V.mT),) if dense else (V, K)
 
 
@@ -298,12 +289,8 @@ def _block_diagonal(D: Tensor) -> Tensor:
     return torch.einsum("lkij,km->lkimj", D, _eye(D, D.shape[1])).flatten(3).flatten(1, 2)
 
 
-def _keep(t: Tensor) -> Tensor:
-    return t
-
-
 class Batch(Function):
-    """Group.make of stacked parameters for L layers, as one node of the graph that can be walked back repeatedly.
+    """Group.make of L layers' parameters, as one node of the graph that can be walked back repeatedly.
 
     The graph inside is kept and retained, so that gradient accumulation needs no second build. A layer that took no
     part in the loss gets no gradient, as in eager code.
@@ -312,7 +299,8 @@ class Batch(Function):
     @staticmethod
     def forward(ctx, group, *parameters):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):   # a checkpoint's stay outside
-            leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p)) for p in group.by_name(parameters)]
+            leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p))
+                      for p in group.by_name(parameters)]
             outputs = group.make(leaves)
         ctx.group, ctx.leaves, ctx.outputs = group, leaves, outputs
         ctx.set_materialize_grads(False)
@@ -321,15 +309,18 @@ class Batch(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        ctx.group.used = True
-        count, width = len(ctx.group.layers), len(ctx.outputs)
-        rows = [grads[i * width:(i + 1) * width] for i in range(count)]       # one row of gradients a layer
-        stacked = [torch.stack([torch.zeros_like(out[0]) if row[k] is None else row[k] for row in rows])
+        ctx.group.used, width = True, len(ctx.outputs)
+        rows = [grads[i:i + width] for i in range(0, len(grads), width)]      # one row of gradients a layer
+        stacked = [torch.stack([out.new_zeros(out.shape[1:]) if row[k] is None else row[k] for row in rows])
                    for k, out in enumerate(ctx.outputs)]
-        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(ctx.outputs, wanted, stacked, retain_graph=True))
+        found = iter(torch.autograd.grad(ctx.outputs, [p for p in ctx.leaves if p.requires_grad], stacked, retain_graph=True))
         found = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
-        return None, *(None if g is None or all(h is None for h in row) else g[i] for i, row in enumerate(rows) for g in found)
+        return None, *(None if g is None or all(h is None for h in row) else g[i]
+                       for i, row in enumerate(rows) for g in found)
+
+
+def _keep(t: Tensor) -> Tensor:
+    return t
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -339,45 +330,44 @@ class Batch(Function):
 class Group:
     """Layers whose T are built together, and what was last built.
 
-    What is cached belongs to parameters seen by identity, version, storage and requires_grad; any layer that sees
-    another has all built anew. An edit through `.data`, which leaves no version behind, is caught where an
-    optimizer makes it: after a backward pass, once .grad is cleared or grad mode is off. (Any other: `refresh`.)
+    What is cached belongs to parameters as `_state` sees them; a layer that sees others has all built anew. An edit
+    through `.data` by hand is seen after a backward pass once .grad is None or grad mode is off; else: `refresh`.
     """
 
     def __init__(self, layers: list[nn.Module], apply, make, names: tuple[str, ...]):
         self.layers, self.apply, self.function, self.names = layers, apply, make, names
-        self.handles, self.slots, self.thin = [], None, {}
+        self.handles, self.slots = [], None
         self.forget()
 
     def forget(self):
-        self.built, self.seen, self.used, self.with_grad = None, None, False, False
+        self.built, self.seen, self.used, self.with_grad, self.thin = None, None, False, False, {}
 
     def __getstate__(self):                                                   # copies and pickles hold no cache
-        empty = Group.__new__(Group)
-        empty.forget()
-        return self.__dict__ | empty.__dict__ | {"slots": None, "thin": {}}
+        return self.__dict__ | dict(slots=None, built=None, seen=None, used=False, with_grad=False, thin={})
 
     def parameters(self, layer: nn.Module) -> list[Tensor]:
-        rotation = layer.rotation
-        return [getattr(rotation if name in VECTORS else rotation.transform, name) for name in self.names]
+        return [getattr(layer.rotation if name in VECTORS else layer.rotation.transform, name) for name in self.names]
 
     def by_name(self, parameters):
-        """Layer after layer of parameters → for each name, those of all layers."""
+        """Parameters layer after layer → for each name, those of all layers."""
         return [parameters[k::len(self.names)] for k in range(len(self.names))]
 
     def make(self, stacks: list[Tensor]) -> tuple[Tensor, ...]:
-        """What `apply` needs of every layer, (L, …), in the parameters' dtype; computed in float64 (float32 on MPS)."""
-        with torch.autocast(stacks[0].device.type, enabled=False):
-            narrow = torch.promote_types(stacks[0].dtype, torch.float32)
-            wide = torch.float32 if stacks[0].device.type == "mps" else torch.float64
+        """What `apply` needs of every layer, (L, …), in the parameters' dtype (float32 at least)."""
+        first, narrow, options = stacks[0], torch.promote_types(stacks[0].dtype, torch.float32), {}
+        wide = torch.float32 if first.device.type == "mps" else torch.float64
+        if not is_compiling() and first.device.type == "cpu" and self.function.keywords.get("map") == "cayley":
+            # ‖Q‖ ≤ b max |g| ≤ 4 costs no digits, so no polish and no wider type; on a GPU, asking would be a sync
+            if first.numel() == 0 or first.detach().abs().amax().item() * self.function.keywords["b"] <= 4:
+                wide, options = narrow, dict(polish=False)
+        with torch.autocast(first.device.type, enabled=False):
             first, *vectors = (s.to(wide) for s in stacks)
-            outputs = self.function(first, **dict(zip(self.names[1:], vectors)))
-            return tuple(out.to(narrow) for out in outputs if out is not None)
+            return tuple(out.to(narrow) for out in self.function(first, **dict(zip(self.names[1:], vectors)), **options))
 
     def build(self) -> list[tuple[Tensor, ...]]:
-        """One tuple a layer, connected to its parameters where they train; a plain graph under torch.compile."""
+        """One tuple a layer, connected to its parameters; under torch.compile a plain part of the graph."""
         parameters = [p for layer in self.layers for p in self.parameters(layer)]
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return list(zip(*(out.unbind(0) for out in self.make([torch.stack(p) for p in self.by_name(parameters)]))))
         flat = Batch.apply(self, *parameters)
         width = len(flat) // len(self.layers)
@@ -385,114 +375,70 @@ class Group:
 
     def get(self, layer: nn.Module) -> tuple[Tensor, ...]:
         """What was built for one layer, from the cache where that is valid."""
-        index = layer.fused_index
-        if torch.compiler.is_compiling():                                     # no cache: the root's hook, or the layer itself
+        index, grad = layer.fused_index, torch.is_grad_enabled()
+        if is_compiling():                                                    # no cache: the root's hook, or the layer itself
             if self.slots is not None:
                 return self.slots[index]
             return tuple(out[0] for out in self.make([p[None] for p in self.parameters(layer)]))
         if self.layers[index] is not layer:                                   # a shallow copy: its parameters are its own
             return Group([layer], self.apply, self.function, self.names).build()[0]
-        parameters, grad = self.parameters(layer), torch.is_grad_enabled()
-        valid = self.built is not None and (self.with_grad or not grad) and not (
-            self.used and (not grad or parameters[0].grad is None)) and all(
-            p is q and state == _state(p) for p, (q, state) in zip(parameters, self.seen[index]))
-        if not valid:
-            self.forget()
-            self.seen = [[(p, _state(p)) for p in self.parameters(each)] for each in self.layers]
-            self.built, self.with_grad = self.build(), grad
+        parameters = self.parameters(layer)
+        if not (self.built is not None and (self.with_grad or not grad)
+                and not (self.used and (not grad or parameters[0].grad is None))
+                and all(_same(p, seen) for p, seen in zip(parameters, self.seen[index]))):
+            self.seen = [[_state(p) for p in self.parameters(each)] for each in self.layers]
+            self.built, self.with_grad, self.used = self.build(), grad, False
         return self.built[index]
 
     def constants(self, layer: nn.Module, dtype: torch.dtype, product: bool) -> tuple[Tensor, Tensor | None]:
         """P in `dtype`, and with product=True W0 P (side="input") or W0ᵀ P ("output"), made again when either changes."""
-        P, W = layer.rotation.P, layer.base.weight if product else None
-        if torch.compiler.is_compiling():
+        P, W = layer.rotation.P, layer.base.weight if product else layer.rotation.P
+        if is_compiling():
             return P.to(dtype), None
-        key = (P, _state(P), W, product and _state(W), dtype)
-        was = self.thin.get(layer.fused_index, ((None,) * 5,))
-        if not (was[0][0] is P and was[0][2] is W and was[0][1::2] == key[1::2] and was[0][4] == dtype):
+        seen, made = self.thin.get((layer, dtype, product), (None, None))
+        if seen is None or not (_same(P, seen[0]) and _same(W, seen[1])):
             with torch.no_grad():
-                WP = (W if layer.side == "input" else W.mT) @ P.to(W.dtype) if product else None
-                was = self.thin[layer.fused_index] = (key, P.to(dtype), WP)
-        return was[1:]
+                made = P.to(dtype), (W if layer.side == "input" else W.mT) @ P.to(dtype) if product else None
+            self.thin[layer, dtype, product] = (_state(P), _state(W)), made
+        return made
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """y (…, out) for x (…, in): what LOFTLinear computes, before its magnitude."""
         device, base, side, b = x.device.type, layer.base, layer.side, getattr(layer.base, "bias", None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        parts, product = [t.to(dtype) for t in self.get(layer)], False
+        parts, product, z = [t.to(dtype) for t in self.get(layer)], False, None
         if self.apply is in_support:
-            product = _one_function(layer, dtype)
+            product = _by_product(layer, dtype)
             parts += self.constants(layer, dtype, product)
-        shared = getattr(layer, "fused_share", None)
-        z = shared.project(x, parts[1]) if shared is not None and not torch.compiler.is_compiling() else None
+            z = layer.fused_share.project(x, parts[1]) if layer.fused_share is not None and not is_compiling() else None
         if product:                                                           # y = x W0ᵀ + b + z Dᵀ Bᵀ
             D, P, WP = parts
             A, B = (P, WP) if side == "input" else (WP, P)
-            y = RotatedLinear.apply(x.reshape(-1, x.shape[-1]).to(dtype), z, D, base.weight, b, A, B)
-            return y.view(*x.shape[:-1], -1)
+            rows = x.reshape(-1, x.shape[-1])
+            return RotatedLinear.apply(rows, z, D, base.weight, b, A, B).view(*x.shape[:-1], -1)
         x = x.to(dtype) if side == "input" else base(x)
         rows = x.reshape(-1, x.shape[-1])
         if side == "input":                                                   # y = (x Rᵀ) W0ᵀ + b
             return base(self.apply(rows, z, None, *parts).view(x.shape))
-        return self.apply(rows, None, b if b is None else b.to(x.dtype), *parts).view(x.shape)   # (x W0ᵀ) Rᵀ + b
+        return self.apply(rows, None, b if b is None else b.to(x.dtype), *parts).view(x.shape)   # y = (x W0ᵀ) Rᵀ + b
 
     def before(self, module, args):
-        if torch.compiler.is_compiling():
-            self.slots = self.build()
+        self.slots = self.build() if is_compiling() else None
 
     def after(self, module, args, output):
         self.slots = None
 
 
-def _one_function(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `RotatedLinear` fits: fewer products by shape, and a plain frozen layer that nobody listens to."""
+def _by_product(layer: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `RotatedLinear` fits: no more work by shape, and a plain frozen layer of that dtype that nobody listens to."""
     base, narrow = layer.base, layer.base.in_features - layer.base.out_features
-    return (type(base) is nn.Linear and not torch.compiler.is_compiling()
-            and (narrow >= 0 if layer.side == "input" else narrow <= 0)
+    return (type(base) is nn.Linear and not is_compiling() and (narrow >= 0 if layer.side == "input" else narrow <= 0)
             and not base.weight.requires_grad and base.weight.dtype == dtype and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks))
 
 
-def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tensor, _=None) -> Tensor:
-    """Rows x + ((x − b) P) Dᵀ Pᵀ."""
-    if torch.compiler.is_compiling():
-        return x + (((x if b is None else x - b) @ P) @ D.mT) @ P.mT
-    return Rotate.apply(x, z, D, P, b)
-
-
-def in_blocks(x: Tensor, z, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
-    """Rows x + (x − b)(T − I)ᵀ, T block-diagonal, then `top` on every c-th coordinate."""
-    d, c = x.shape[-1], D.shape[-1]
-    if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
-        x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
-    if not torch.compiler.is_compiling():
-        return Blocks.apply(x, D, b, top)[:, :d]
-    u = x if b is None else x - b
-    change = torch.einsum("nkb,kcb->nkc", u.unflatten(-1, (-1, c)), D)
-    if top is not None:
-        low = (u.unflatten(-1, (-1, c)) + change)[..., 0]                     # (n, k)
-        change = torch.cat([change[..., :1] + (low @ top.mT)[..., None], change[..., 1:]], -1)
-    return (x + change.flatten(-2))[:, :d]
-
-
-def in_reflections(x: Tensor, z, b: Tensor | None, V: Tensor, K: Tensor) -> Tensor:
-    """Rows x − ((x − b) V) Kᵀ Vᵀ."""
-    if torch.compiler.is_compiling():
-        return x - (((x if b is None else x - b) @ V) @ K.mT) @ V.mT
-    return Reflect.apply(x, V, K, b)
-
-
-VECTORS = ("alpha", "beta", "gauge")                                          # of Rotation; other names are its transform's
-
-
-def _state(p: Tensor):
-    """What changes when a tensor is edited in place, stepped by an optimizer or given other storage."""
-    if p.is_inference():
-        return object()                                                       # keeps no version: equal to nothing, never cached
-    return (p._version, p.data_ptr(), p.requires_grad and _steps + 1) if isinstance(p, nn.Parameter) else p._version
-
-
-_steps = 0                                                                    # of all optimizers: fused ones leave no version behind
+VECTORS = ("alpha", "beta", "gauge")                                          # Rotation's; the other names are its transform's
+_steps = 0                                                                    # of all optimizers
 
 
 def _count_step(optimizer, args, kwargs):
@@ -500,18 +446,28 @@ def _count_step(optimizer, args, kwargs):
     _steps += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_count_step)                                # fused optimizers leave no version behind
+
+
+def _state(p: Tensor) -> tuple:
+    """The tensor, and what changes when it is edited in place, stepped by an optimizer, or given other storage."""
+    parameter = isinstance(p, nn.Parameter)
+    return (p, None if p.is_inference() else p._version, p.requires_grad, p.requires_grad and _steps,
+            parameter and p.data_ptr())
+
+
+def _same(p: Tensor, seen: tuple) -> bool:
+    return p is seen[0] and not p.is_inference() and _state(p)[1:] == seen[1:]
 
 
 def _plan(layer: nn.Module):
-    """(apply, make, names) of an adapted layer and what it shares with others of its group; None: it stays eager."""
-    rotation = layer.rotation
-    T, dense = getattr(rotation, "transform", None), getattr(rotation, "P", None) is not None
-    vectors = tuple(v for v in VECTORS if getattr(rotation, v, None) is not None)
+    """(apply, make, names of the parameters) of an adapted layer; None where it stays eager."""
+    T, dense = getattr(layer.rotation, "transform", None), getattr(layer.rotation, "P", None) is not None
+    vectors = tuple(v for v in VECTORS if getattr(layer.rotation, v, None) is not None)
     kind, apply = type(T).__name__, in_support if dense else in_blocks
     if kind == "Skew" and T.map in ("cayley", "cayley_neumann", "expm") and (dense or T.b << len(T.generator) - 1 <= 256):
-        return apply, partial(_skew, b=T.b, map=T.map, terms=T.terms, bound=T.bound, dense=dense, blocks=T.r // T.b), (
-            "generator", *vectors)
+        make = partial(_skew, b=T.b, map=T.map, terms=T.terms, bound=T.bound, dense=dense, blocks=T.r // T.b)
+        return apply, make, ("generator", *vectors)
     if kind == "Givens" and not vectors:
         return apply, partial(_givens, r=T.r, relaxed=T.relaxed, dense=dense), ("generator",)
     if kind == "Householder" and not vectors:
@@ -519,7 +475,7 @@ def _plan(layer: nn.Module):
     return None
 
 
-def _fusible(model: nn.Module) -> list[nn.Module]:
+def _adapted(model: nn.Module) -> list[nn.Module]:
     found = [m for m in model.modules() if hasattr(m, "rotation") and hasattr(m, "fused")]
     if not found:
         raise ValueError("the model is not adapted: call loft.adapt (or loft.load) first")
@@ -529,22 +485,20 @@ def _fusible(model: nn.Module) -> list[nn.Module]:
 def fuse(model: nn.Module) -> nn.Module:
     """Switches every adapted layer of `model` to the fast path, in place; returns it. Same parameters, same results.
 
-    Call it after the model is on its devices, and before torch.compile. Layers without a fast twin (LoRA; more than
-    256 coordinates in one butterfly; the PSOFT vectors on a tree or on reflections) stay as they are. Backward
-    through backward (create_graph=True) is not supported. Source: this repository; the Cayley differential is
-    Cayley 1846, compact WY is Schreiber and Van Loan 1989.
-    Raises ValueError on a model that is not adapted.
+    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA;
+    butterflies of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Gradients of gradients
+    (create_graph=True) are for the eager path. Raises ValueError on a model that is not adapted.
     """
     unfuse(model)
     groups: dict = {}
-    for layer in _fusible(model):
+    for layer in _adapted(model):
         if plan := _plan(layer):
             apply, make, names = plan
-            group = Group([layer], apply, make, names)
-            key = (apply, make.func, *make.keywords.items(), names, *((p.shape, p.dtype, p.device) for p in group.parameters(layer)))
-            group = groups.setdefault(key, group)
-            layer.fused, layer.fused_index = group, len(group.layers) - (group.layers[0] is layer)
-            group.layers += [] if group.layers[0] is layer else [layer]
+            group = Group([], apply, make, names)
+            like = [(p.shape, p.dtype, p.device) for p in group.parameters(layer)]
+            group = groups.setdefault((apply, make.func, *make.keywords.items(), names, *like), group)
+            layer.fused, layer.fused_index = group, len(group.layers)
+            group.layers.append(layer)
     for group in groups.values():
         group.handles = [model.register_forward_pre_hook(group.before), model.register_forward_hook(group.after)]
     return model
@@ -552,7 +506,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Back to the eager path."""
-    for layer in _fusible(model):
+    for layer in _adapted(model):
         for handle in () if layer.fused is None else layer.fused.handles:
             handle.remove()
         layer.fused = layer.fused_share = None
@@ -560,36 +514,33 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def refresh(model: nn.Module) -> None:
-    """Forgets every cached T: for parameters edited through `.data` by hand, the one edit that nothing records."""
-    for layer in _fusible(model):
+    """Forgets every T: for parameters edited through `.data` by hand, the one edit that nothing records."""
+    for layer in _adapted(model):
         if layer.fused is not None:
             layer.fused.forget()
-            layer.fused.thin.clear()
 
 
 class Shared:
     """z = x P of layers that read one input through one support: computed once, kept once, one gradient into x."""
 
     def __init__(self, layers: list[nn.Module]):
-        self.layers, self.seen, self.z, self.left, self.checked = layers, None, None, 0, None
+        self.layers, self.z, self.seen, self.left, self.supports, self.agree = layers, None, None, 0, None, False
 
     def __getstate__(self):                                                   # copies and pickles hold no activations
-        return self.__dict__ | dict(seen=None, z=None, left=0, checked=None)
+        return self.__dict__ | dict(z=None, seen=None, left=0, supports=None)
 
     def project(self, x: Tensor, P: Tensor) -> Tensor | None:
-        """z (n, r), or None where the supports no longer agree."""
-        seen = (x, x._version, torch.is_grad_enabled(), P.dtype)
-        if not (self.left and self.seen[0] is x and self.seen[1:] == seen[1:]):
-            state = [(layer.rotation.P, layer.rotation.P._version) for layer in self.layers]
-            if self.checked is None or any(p is not q or v != w for (p, v), (q, w) in zip(state, self.checked)):
-                self.agree = all(torch.equal(p, state[0][0]) for p, _ in state)
-                self.checked = state
+        """z (n, r), or None where the supports no longer agree: then each layer projects for itself."""
+        now = (x, x._version, torch.is_grad_enabled(), P.dtype)
+        if not (self.left and self.seen[0] is x and self.seen[1:] == now[1:]):
+            supports = [layer.rotation.P for layer in self.layers]
+            if self.supports is None or not all(map(_same, supports, self.supports)):
+                self.supports, self.agree = [_state(p) for p in supports], all(torch.equal(p, supports[0]) for p in supports)
             if not self.agree:
                 return None
-            self.seen, self.left = seen, len(self.layers)
-            self.z = x.reshape(-1, x.shape[-1]).to(P.dtype) @ P
+            self.seen, self.left, self.z = now, len(self.layers), x.reshape(-1, x.shape[-1]).to(P.dtype) @ P
         z, self.left = self.z, self.left - 1
-        if not self.left:                                                     # the last layer has read it: hold nothing
+        if not self.left:                                                     # the last layer has it: hold nothing
             self.seen = self.z = None
         return z
 
@@ -598,21 +549,21 @@ def share(model: nn.Module, groups) -> nn.Module:
     """Lets layers that read one input share z = x P: `kernels.share(model, [["q_proj", "k_proj", "v_proj"]])`.
 
     Args:
-        groups: lists of the names that sister layers have in their parent module. They need one support: adapt with
-            one tensor for all of them, say that of the stacked weights, principal(cat([Wq, Wk, Wv]), r).
-    An input that is not the same tensor (cross-attention's) is projected again. Eager mode only: under torch.compile
-    it changes nothing. Raises ValueError: the model is not fused, no module has such layers, or supports differ.
+        groups: lists of names that sister layers have in their parent module. They need one support: adapt with one
+            tensor for all of them, say that of the stacked weights, principal(torch.cat([Wq, Wk, Wv]), r).
+    An input that is another tensor (cross-attention's) is projected again. Under torch.compile it changes nothing.
+    Raises ValueError: no module has such fused layers, or their supports differ.
     """
-    fused = set(m for m in _fusible(model) if m.fused is not None)
+    fused = {m for m in _adapted(model) if m.fused is not None}
     for names in groups:
-        sisters = [[m.get_submodule(n) for n in names] for m in model.modules() if all(n in m._modules for n in names)]
+        sisters = [[m._modules[n] for n in names] for m in model.modules() if all(n in m._modules for n in names)]
         sisters = [each for each in sisters if fused.issuperset(each)]
         if not sisters:
-            raise ValueError(f"no module of the model has fused layers called {', '.join(names)}; call kernels.fuse first")
+            raise ValueError(f"no module has fused layers called {', '.join(names)}: call kernels.fuse first, or see the names")
         for each in sisters:
             P = [m.rotation.P for m in each]
-            if any(m.side != "input" or p is None or not torch.equal(p, P[0]) for m, p in zip(each, P)):
-                raise ValueError(f"{', '.join(names)} do not have one support on the input side: adapt them with one tensor P")
+            if any(m.side != "input" or p is None or p.shape != P[0].shape or not torch.equal(p, P[0]) for m, p in zip(each, P)):
+                raise ValueError(f"{', '.join(names)} have no common support on the input side: adapt them with one tensor")
             shared = Shared(each)
             for m in each:
                 m.fused_share = shared
