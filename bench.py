@@ -129,7 +129,7 @@ class Step:
     def kept(self) -> float:
         """MiB that autograd keeps between forward and backward: storages beyond parameters, buffers and W0 P."""
         constants = [t for m in self.model.modules() if getattr(m, "fused", None) is not None
-                     for entry in m.fused.thin.values() for t in entry[1:] if t is not None]
+                     for _, made in m.fused.thin.values() for t in made if t is not None]
         fixed = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers(), *constants)}
         found, keep = {}, kernels._keep
 

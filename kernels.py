@@ -5,8 +5,8 @@
 
 Three ideas, in the order of this file:
 
-1. Autograd functions for y = base(x + z (Tᵀ − I) Pᵀ), z = x P, that keep z (n × r) for backward and add in one pass
-   what eager code adds in three; a rotation of all coordinates (OFT, BOFT, GOFT) keeps its input and nothing else.
+1. y = base(x + z (Tᵀ − I) Pᵀ), z = x P, in the form with fewer products, adding in one pass what eager code adds in
+   three, and keeping z (n × r) for backward; a rotation of all coordinates keeps its input and no more.
 2. T − I of all layers that have one shape, in one batched computation: one solve for the model, not one a layer.
    A product of sparse stages (BOFT's butterflies, GOFT's tree) is multiplied out into small dense blocks, at a cost
    that does not grow with the number of rows; the rows then pass through one batched product in place of m gathers.
@@ -32,39 +32,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 # 1. Rows through a rotation. D is T − I throughout; h and g are gradients of outputs.
 # ---------------------------------------------------------------------------------------------------------
 
-class Rotate(Function):
-    """x + (z − bP) Dᵀ Pᵀ with z = xP: rows x (n, d) through R = I + P (T − I) Pᵀ, P (d, r), D (r, r).
-
-    b (d,) or None is taken off x before the rotation and not after (an output side's bias). z is given where several
-    layers share it; then its gradient goes to z, and x gets only its own. Keeps z (n, r).
-    """
-
-    @staticmethod
-    def forward(ctx, x, z, D, P, b):
-        ctx.own = z is None
-        z = x @ P if z is None else z                                         # (n, r)
-        z = z if b is None else z - b @ P
-        ctx.save_for_backward(z, D, P)
-        return torch.addmm(x, z @ D.mT, P.mT)                                 # x + z Dᵀ Pᵀ, in one pass
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, h):
-        z, D, P = ctx.saved_tensors
-        hP = h @ P                                                            # (n, r)
-        dD = hP.mT @ z if ctx.needs_input_grad[2] else None                   # ∂L/∂D = (hP)ᵀ z
-        dz = hP @ D                                                           # ∂L/∂z = h P D
-        db = -(dz.sum(0) @ P.mT) if ctx.needs_input_grad[4] else None
-        if not ctx.own:
-            return h, dz, dD, None, db
-        return torch.addmm(h, dz, P.mT) if ctx.needs_input_grad[0] else None, None, dD, None, db   # h + h P D Pᵀ
-
-
 class RotatedLinear(Function):
     """x W0ᵀ + b + z Dᵀ Bᵀ with z = xA: the whole rotated layer, the rotation moved past the frozen weight W0 (out, in).
 
     A, B (in, r), (out, r) are P, W0P for W0 R and W0ᵀP, P for R W0, so it is one formula for both sides. Its thin
-    products cost n r (in + out), those of `Rotate` 2 n r times the rotated dimension; and where x needs no gradient,
+    products cost n r (in + out), those of `in_support` 2 n r times the rotated dimension; and where x needs no gradient,
     the gradient of T does not pass through W0 at all. Keeps z (n, r).
     """
 
@@ -88,67 +60,27 @@ class RotatedLinear(Function):
                 g.sum(0) if ctx.needs_input_grad[4] else None, None, None)
 
 
-class Blocks(Function):
-    """x + u Dᵀ, u = x − b, with D block-diagonal (k, c, c), d = k c; then, for GOFT, `top` on every c-th coordinate.
-
-    The blocks are strided views of x's columns, one batched product for all of them. Keeps u, which is x where there
-    is no b; with a top (k, k) also its input (n, k).
-    """
-
-    @staticmethod
-    def forward(ctx, x, D, b, top):
-        u, tops = x if b is None else x - b, None
-        y = _times(u, D.mT)                                                   # u Tᵀ
-        if top is not None:
-            tops = y[:, ::D.shape[-1]].contiguous()
-            y[:, ::D.shape[-1]] += tops @ top.mT
-        ctx.save_for_backward(u, D, top, tops)
-        return y if b is None else x + (y - u)                                # exact where T = I
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, h):
-        u, D, top, tops = ctx.saved_tensors
-        dtop, g, c = None, h, D.shape[-1]
-        if top is not None:
-            dtop, g = h[:, ::c].mT @ tops, h.clone()
-            g[:, ::c] += h[:, ::c] @ top                                      # from above the top to below it
-        dD = torch.bmm(_blocks(g, c).mT, _blocks(u, c)) if ctx.needs_input_grad[1] else None   # gᵀ u of each block
-        dx = _times(g, D) if ctx.needs_input_grad[0] or ctx.needs_input_grad[2] else None      # g T
-        return dx, dD, h.sum(0) - dx.sum(0) if ctx.needs_input_grad[2] else None, dtop
-
-
-def _blocks(x: Tensor, c: int) -> Tensor:
-    """Columns of x (n, k c) as k blocks: (k, n, c), a view."""
-    return x.unflatten(-1, (-1, c)).transpose(0, 1)
-
-
-def _times(x: Tensor, D: Tensor) -> Tensor:
-    """x (I + D), block by block; in half precision I + D would drop the digits of D, so there x + x D."""
-    whole = x.dtype in (torch.float32, torch.float64)
-    y = torch.bmm(_blocks(x, D.shape[-1]), D + _eye(D) if whole else D).transpose(0, 1).flatten(1)
-    return y if whole else x + y
-
-
 def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tensor, _=None) -> Tensor:
-    """Rows x + ((x − b) P) Dᵀ Pᵀ."""
-    if is_compiling():
-        return x + (((x if b is None else x - b) @ P) @ D.mT) @ P.mT
-    return Rotate.apply(x, z, D, P, b)
+    """Rows x + ((x − b) P) Dᵀ Pᵀ, P (d, r), D (r, r); z = xP where it is known. Added in one pass; autograd keeps z."""
+    z = x @ P if z is None else z                                             # (n, r)
+    return torch.addmm(x, (z if b is None else z - b @ P) @ D.mT, P.mT)
 
 
 def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
-    """Rows x + (x − b) Dᵀ, D block-diagonal, then `top` on every c-th coordinate."""
+    """Rows x + (x − b) Dᵀ, D block-diagonal (k, c, c); then, for GOFT, `top` (k, k) on every c-th coordinate.
+
+    The blocks are strided views of x's columns, one batched product for all of them. Autograd keeps x (or x − b).
+    """
     d, c = x.shape[-1], D.shape[-1]
     if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
         x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
-    if not is_compiling():
-        return Blocks.apply(x, D, b, top)[:, :d]
-    u = (x if b is None else x - b).unflatten(-1, (-1, c))                    # (n, k, c)
-    change = torch.einsum("nkb,kcb->nkc", u, D)
+    u, whole = x if b is None else x - b, x.dtype in (torch.float32, torch.float64)
+    blocks = u.unflatten(-1, (-1, c)).transpose(0, 1)                         # (k, n, c), a view
+    y = torch.bmm(blocks, D.mT + _eye(D) if whole else D.mT).transpose(0, 1).flatten(1)
+    y = y if whole else u + y                                                 # in half precision I + D would lose D's digits
     if top is not None:
-        change = torch.cat([change[..., :1] + ((u + change)[..., 0] @ top.mT)[..., None], change[..., 1:]], -1)
-    return (x + change.flatten(-2))[:, :d]
+        y[:, ::c] += y[:, ::c].clone() @ top.mT
+    return (y if b is None else x + (y - u))[:, :d]                           # exact where T = I
 
 
 def in_reflections(x: Tensor, z: None, b: Tensor | None, V: Tensor, K: Tensor) -> Tensor:
