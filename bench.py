@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from torch.utils.benchmark import Timer
 import loft
 from loft import kernels, selectors
 
+warnings.filterwarnings("ignore", message=".*CUDA extension|Setting boft_n_butterfly_factor")   # said in BOFT's row instead
 try:
     import peft
 except ImportError:
@@ -49,7 +52,8 @@ except ImportError:
 METHODS = {
     "loft": (dict(method="loft"), None, None),
     "psoft": (dict(method="psoft"), ("PsoftConfig", {}), None),
-    "oft": (dict(method="oft", block_size=32), ("OFTConfig", dict(oft_block_size=32)), "peft: truncated series; ours: exact Cayley"),
+    "oft": (dict(method="oft", block_size=32), ("OFTConfig", dict(oft_block_size=32, use_cayley_neumann=False)), None),
+    "oftv2": (dict(method="oft", block_size=32, map="cayley_neumann"), ("OFTConfig", dict(oft_block_size=32)), None),
     "boft": (dict(method="boft", block_size=8, stages=2), ("BOFTConfig", dict(boft_block_size=8, boft_n_butterfly_factor=2)),
              "peft without its CUDA extension takes 1 butterfly stage, whatever is asked; ours takes 2"),
     "goft": (dict(method="goft"), None, None),
@@ -80,14 +84,16 @@ def plain(model: nn.Module, method: str, backend: str, r: int | None, targets) -
     return model
 
 
-def adapter_flops(method: str, d: int, n: int, r: int | None) -> float:
-    """Multiplications of our adapter in forward and backward of one d × d layer, in n d: the frozen layer has 2 d.
+def flops(method: str, i: int, o: int, r: int | None) -> float:
+    """Multiplications per row of a linear layer (o, i) and its adapter, forward and backward; frozen: 2 i o.
 
-    A support: xP, z Pᵀ, hP, dz Pᵀ (4 r) and the r × r products (3 r²/d). LoRA: 6 r. Blocks of c: 3 c. HRA: 6 r.
-    full: 3 matrix products in place of 2.
+    Full: 3 i o. A support: xP, z Pᵀ, hP, dz Pᵀ, in the cheaper algebraic form, and three r × r products. Blocks of c:
+    3 c i. LoRA and reflections: six thin products.
     """
-    return {"frozen": 0, "full": d, "oft": 3 * 32, "boft": 3 * 16, "goft": 3 * 32, "lora": 6 * (r or 0), "hra": 6 * (r or 0)}.get(
-        method, 4 * (r or 0) + 3 * (r or 0) ** 2 / d)
+    r = r or 0
+    blocks = dict(oft=32, oftv2=32, boft=16, goft=32)
+    return 2 * i * o + {"frozen": 0, "full": i * o, "lora": 3 * r * (i + o), "hra": 6 * r * i}.get(
+        method, 3 * blocks[method] * i if method in blocks else 2 * r * (i + min(i, o)) + 3 * r * r)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ class Step:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.row = dict(impl=impl, method=method, backend=backend, d=d, n=n, r=r, dtype=str(args.dtype).removeprefix("torch."),
                         device=args.device, trainable=sum(p.numel() for p in self.parameters),
-                        flops_ratio=1 + adapter_flops(method, d, n, r) / (2 * d))
+                        flops_ratio=flops(method, d, d, r) / flops("frozen", d, d, None))
         self.args, self.times = args, []
         if self.parameters:                                                   # away from T = I, where nothing is special
             with torch.no_grad():
@@ -158,17 +164,20 @@ class Step:
             p.grad = None
         try:
             read = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 2 ** 10
+            ctypes.CDLL(None).malloc_trim(0)                                  # what was freed is given back, to be seen when used again
             Path("/proc/self/clear_refs").write_text("5")                     # VmHWM := VmRSS
             before = read("VmRSS:")
             self.step()
             return max(read("VmHWM:") - before, 0.0)
-        except (OSError, IndexError):
+        except (OSError, IndexError, AttributeError):
             return None
 
 
 def interleave(steps: list[Step], seconds: float, most: int = 30) -> None:
     """Rounds in which every implementation has its turn, until the time is up; one that is slow is timed once or twice."""
     for s in steps:
+        if "compile" in s.row["backend"]:
+            s.step()                                                          # compiles
         start = time.perf_counter()
         s.step()
         s.warm = time.perf_counter() - start
@@ -210,7 +219,7 @@ def show(title: str, steps: list[Step]) -> list[dict]:
                 times = [p / t for p, t in zip(peer.times, s.times)]
                 print(f"  {s.row['method']}, {s.row['backend']}: {statistics.median(times):.2f} × as fast as peft's"
                       + (f", keeps {100 * s.row['saved_mib'] / peer.row['saved_mib']:.1f} % of its bytes" if peer.row["saved_mib"] else ""))
-    print(end="", flush=True)
+    print(flush=True)
     return rows
 
 
@@ -261,6 +270,7 @@ class Training(Step):
         torch.manual_seed(0)
         base = nn.Sequential(*[Block(d, d // 64) for _ in range(depth)]).to(args.device, args.dtype).requires_grad_(False)
         names = [name for name, m in base.named_modules() if isinstance(m, nn.Linear)]
+        shapes = [(base.get_submodule(name).in_features, base.get_submodule(name).out_features) for name in names]
         if share := backend == "fused+share":                                 # one support for q, k, v of a block
             P = {name: selectors.random(base.get_submodule(name).weight, r) for name in names}
             P |= {name: P[name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")] for name in names}
@@ -273,7 +283,8 @@ class Training(Step):
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam([self.offset, *self.parameters], 1e-4)
         self.row = dict(impl=impl, method=method, backend="fused+share" if share else backend, d=d, n=n, r=r, layers=depth,
-                        dtype=str(args.dtype).removeprefix("torch."), device=args.device, flops_ratio=None,
+                        dtype=str(args.dtype).removeprefix("torch."), device=args.device,
+                        flops_ratio=sum(flops(method, *s, r) for s in shapes) / sum(flops("frozen", *s, None) for s in shapes),
                         trainable=sum(p.numel() for p in self.parameters))
         self.args, self.times = args, []
 
@@ -388,7 +399,7 @@ def main(argv=None) -> list[dict]:
     else:
         rows = layer_table(1024, 1024, args.seconds, args, compiled=compiled)
         rows += layer_table(1024, 128, args.seconds, args)
-        rows += layer_table(4096, 256, args.seconds, args, methods=("loft", "psoft", "oft", "hra", "lora"), skip=("full",))
+        rows += layer_table(4096, 256, args.seconds, args, methods=("loft", "psoft", "oftv2", "hra", "lora"), skip=("full",))
         rows += sweep(args)
         rows += transformer_table(512, 128, 12, args.seconds, args, False)
         rows += once_table(256, 4, args)

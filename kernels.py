@@ -186,7 +186,8 @@ def _skew(g, alpha=None, beta=None, gauge=None, *, b, map, terms, bound, dense, 
     if alpha is not None or gauge is not None:
         one = D.new_ones(D.shape[:3])                                         # (L, k, c)
         alpha, beta, gauge = (one if v is None else v.view_as(one) for v in (alpha, beta, gauge))
-        D = (beta / gauge)[..., None] * D * (alpha * gauge)[..., None, :] + torch.diag_embed(alpha * beta - 1)
+        D = (beta / gauge)[..., None] * D * (alpha * gauge)[..., None, :]
+        D.diagonal(dim1=-2, dim2=-1).add_(alpha * beta - 1)
     return (D[:, 0] if dense else D,)
 
 
@@ -259,23 +260,23 @@ def _keep(t: Tensor) -> Tensor:
 # 3. The layers of a model that share one batch, and the cache
 # ---------------------------------------------------------------------------------------------------------
 
+EMPTY = dict(built=None, seen=None, used=False, with_grad=False, slots=None)   # a group that has built nothing
+
+
 class Group:
     """Layers whose T are built together, and what was last built.
 
     What is cached belongs to parameters as `_state` sees them; a layer that sees others has all built anew. An edit
-    through `.data` by hand is seen after a backward pass once .grad is None or grad mode is off; else: `refresh`.
+    through `.data` by hand is seen after a backward pass once .grad is None or grad mode is off; else `fuse` again.
     """
 
     def __init__(self, layers: list[nn.Module], apply, make, names: tuple[str, ...]):
         self.layers, self.apply, self.function, self.names = layers, apply, make, names
-        self.handles, self.slots = [], None
-        self.forget()
-
-    def forget(self):
-        self.built, self.seen, self.used, self.with_grad, self.thin = None, None, False, False, {}
+        self.handles, self.thin = [], {}
+        self.__dict__ |= EMPTY
 
     def __getstate__(self):                                                   # copies and pickles hold no cache
-        return self.__dict__ | dict(slots=None, built=None, seen=None, used=False, with_grad=False, thin={})
+        return self.__dict__ | EMPTY | dict(thin={})
 
     def parameters(self, layer: nn.Module) -> list[Tensor]:
         return [getattr(layer.rotation if name in VECTORS else layer.rotation.transform, name) for name in self.names]
@@ -288,7 +289,7 @@ class Group:
         """What `apply` needs of every layer, (L, …), in the parameters' dtype (float32 at least)."""
         first, narrow, options = stacks[0], torch.promote_types(stacks[0].dtype, torch.float32), {}
         wide = torch.float32 if first.device.type == "mps" else torch.float64
-        if not is_compiling() and first.device.type == "cpu" and self.function.keywords.get("map") == "cayley":
+        if not is_compiling() and first.device.type == "cpu" and self.function.keywords.get("map") in ("cayley", "cayley_neumann"):
             # ‖Q‖ ≤ b max |g| ≤ 4 costs no digits, so no polish and no wider type; on a GPU, asking would be a sync
             if first.numel() == 0 or first.detach().abs().amax().item() * self.function.keywords["b"] <= 4:
                 wide, options = narrow, dict(polish=False)
@@ -443,13 +444,6 @@ def unfuse(model: nn.Module) -> nn.Module:
             handle.remove()
         layer.fused = layer.fused_share = None
     return model
-
-
-def refresh(model: nn.Module) -> None:
-    """Forgets every T: for parameters edited through `.data` by hand, the one edit that nothing records."""
-    for layer in _adapted(model):
-        if layer.fused is not None:
-            layer.fused.forget()
 
 
 class Shared:

@@ -1092,7 +1092,7 @@ def test_the_cache_follows_every_change_of_the_parameters(tmp_path, monkeypatch)
         fused(x)
     fused(x).sum().backward()                                                 # nothing made in inference mode is reused
     p.data.add_(0.1)
-    kernels.refresh(fused)
+    kernels.fuse(fused)
     eager[0].rotation.transform.generator.data.add_(0.1)
     agree()
     kernels.unfuse(fused)
