@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer                                     # perf_counter, after the device has finished
 
 import loft
 from loft import kernels, selectors
@@ -130,7 +130,9 @@ class Step:
 
     def time(self) -> float:
         """Seconds of one step."""
-        return Timer("step()", globals={"step": self.step}, num_threads=self.args.threads).timeit(1).median
+        start = timer()
+        self.step()
+        return timer() - start
 
     def kept(self) -> float:
         """MiB that autograd keeps between forward and backward: storages beyond parameters, buffers and W0 P."""
@@ -173,20 +175,21 @@ class Step:
             return None
 
 
-def interleave(steps: list[Step], seconds: float, most: int = 30) -> None:
-    """Rounds in which every implementation has its turn, until the time is up; one that is slow is timed once or twice."""
+def interleave(steps: list[Step], seconds: float, most: int = 50) -> None:
+    """Rounds in which every implementation has its turn, until the time is up; one that needs seconds has one turn."""
     for s in steps:
         if "compile" in s.row["backend"]:
             s.step()                                                          # compiles
-        start = time.perf_counter()
-        s.step()
-        s.warm = time.perf_counter() - start
+        start = timer()
+        s.peaks = [s.peak()]
+        s.warm = timer() - start
+        s.times = [s.warm] if s.warm > 2 else []
     fast = statistics.median(s.warm for s in steps)
-    start, rounds = time.perf_counter(), 0
-    while rounds < 3 or rounds < most and time.perf_counter() - start < seconds:
-        turn = [s for s in steps if rounds < 1 or s.warm < 6 * fast]
-        for s in turn:
-            s.times.append(s.time())
+    start, rounds = timer(), 0
+    while rounds < 3 or rounds < most and timer() - start < seconds:
+        for s in steps:
+            if s.warm <= 2 and (rounds < 3 or s.warm < 6 * fast):
+                s.times.append(s.time())
         rounds += 1
 
 
@@ -195,7 +198,7 @@ def finish(steps: list[Step]) -> list[dict]:
     for s in steps:
         ratios = [t / f for t, f in zip(s.times, steps[0].times)]
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        peaks = [s.peak() for _ in range(1 if s.warm > 1 else 3)]
+        peaks = s.peaks if s.warm > 2 else [s.peak() for _ in range(3)]
         s.row |= dict(step_ms=statistics.median(s.times) * 1e3, ratio_to_frozen=statistics.median(ratios),
                       spread=(high - low) / 2, repeats=len(s.times), saved_mib=s.kept(),
                       peak_mib=None if None in peaks else statistics.median(peaks))

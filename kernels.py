@@ -3,16 +3,13 @@
     loft.adapt(model, ..., backend="fused")            # or, on a model that is adapted already:
     kernels.fuse(model);  kernels.unfuse(model)
 
-Three ideas, in the order of this file:
+1. y = base(x + z (Tᵀ − I) Pᵀ), z = x P, in the form with fewer products, and z (n × r) is all that autograd keeps.
+2. T − I of all layers of one shape in one batched computation: one solve for the model, not one a layer. A product of
+   sparse stages (BOFT's butterflies, GOFT's tree) is multiplied out into small dense blocks, at a cost that does not
+   grow with the rows, which then pass through one batched product in place of m gathers.
+3. A cache of those T, which gradient accumulation, recomputation in checkpoints and evaluation reuse. (Under
+   torch.compile T is built inside the graph, in the same batches.)
 
-1. y = base(x + z (Tᵀ − I) Pᵀ), z = x P, in the form with fewer products, adding in one pass what eager code adds in
-   three, and keeping z (n × r) for backward; a rotation of all coordinates keeps its input and no more.
-2. T − I of all layers that have one shape, in one batched computation: one solve for the model, not one a layer.
-   A product of sparse stages (BOFT's butterflies, GOFT's tree) is multiplied out into small dense blocks, at a cost
-   that does not grow with the number of rows; the rows then pass through one batched product in place of m gathers.
-3. A cache of those T, which gradient accumulation, recomputation in checkpoints and evaluation reuse.
-
-Under torch.compile the same batched T is built inside the graph, and Inductor fuses the rest from plain operations.
 This file imports torch alone; it knows loft.py's layers by their attributes.
 """
 from __future__ import annotations
@@ -222,6 +219,10 @@ def _block_diagonal(D: Tensor) -> Tensor:
     return torch.einsum("lkij,km->lkimj", D, _eye(D, D.shape[1])).flatten(3).flatten(1, 2)
 
 
+def _keep(t: Tensor) -> Tensor:                                               # bench.py counts what passes here
+    return t
+
+
 class Batch(Function):
     """Group.make of L layers' parameters, as one node of the graph that can be walked back repeatedly.
 
@@ -252,16 +253,9 @@ class Batch(Function):
                        for i, row in enumerate(rows) for g in found)
 
 
-def _keep(t: Tensor) -> Tensor:
-    return t
-
-
 # ---------------------------------------------------------------------------------------------------------
 # 3. The layers of a model that share one batch, and the cache
 # ---------------------------------------------------------------------------------------------------------
-
-EMPTY = dict(built=None, seen=None, used=False, with_grad=False, slots=None)   # a group that has built nothing
-
 
 class Group:
     """Layers whose T are built together, and what was last built.
@@ -270,19 +264,21 @@ class Group:
     through `.data` by hand is seen after a backward pass once .grad is None or grad mode is off; else `fuse` again.
     """
 
+    built = seen = slots = None
+    used = with_grad = False
+
     def __init__(self, layers: list[nn.Module], apply, make, names: tuple[str, ...]):
         self.layers, self.apply, self.function, self.names = layers, apply, make, names
-        self.handles, self.thin = [], {}
-        self.__dict__ |= EMPTY
+        self.handles, self.thin = [], {}                                      # of fuse; W0 P
 
     def __getstate__(self):                                                   # copies and pickles hold no cache
-        return self.__dict__ | EMPTY | dict(thin={})
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("built", "seen", "used", "with_grad", "slots")}
+        return kept | {"thin": {}}
 
     def parameters(self, layer: nn.Module) -> list[Tensor]:
         return [getattr(layer.rotation if name in VECTORS else layer.rotation.transform, name) for name in self.names]
 
-    def by_name(self, parameters):
-        """Parameters layer after layer → for each name, those of all layers."""
+    def by_name(self, parameters):                                            # layer after layer → name after name
         return [parameters[k::len(self.names)] for k in range(len(self.names))]
 
     def make(self, stacks: list[Tensor]) -> tuple[Tensor, ...]:
@@ -319,8 +315,8 @@ class Group:
         if not (self.built is not None and (self.with_grad or not grad)
                 and not (self.used and (not grad or parameters[0].grad is None))
                 and all(_same(p, seen) for p, seen in zip(parameters, self.seen[index]))):
-            self.seen = [[_state(p) for p in self.parameters(each)] for each in self.layers]
             self.built, self.with_grad, self.used = self.build(), grad, False
+            self.seen = [[_state(p) for p in self.parameters(each)] for each in self.layers]
         return self.built[index]
 
     def constants(self, layer: nn.Module, dtype: torch.dtype, product: bool) -> tuple[Tensor, Tensor | None]:
@@ -330,7 +326,7 @@ class Group:
             return P.to(dtype), None
         seen, made = self.thin.get((layer, dtype, product), (None, None))
         if seen is None or not (_same(P, seen[0]) and _same(W, seen[1])):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 made = P.to(dtype), (W if layer.side == "input" else W.mT) @ P.to(dtype) if product else None
             self.thin[layer, dtype, product] = (_state(P), _state(W)), made
         return made
@@ -371,22 +367,14 @@ def _by_product(layer: nn.Module, dtype: torch.dtype) -> bool:
 
 
 VECTORS = ("alpha", "beta", "gauge")                                          # Rotation's; the other names are its transform's
-_steps = 0                                                                    # of all optimizers
-
-
-def _count_step(optimizer, args, kwargs):
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)                                # fused optimizers leave no version behind
+_steps = [0]                                                                  # of all optimizers: fused ones leave no version
+register_optimizer_step_post_hook(lambda *_: _steps.append(_steps.pop() + 1))
 
 
 def _state(p: Tensor) -> tuple:
     """The tensor, and what changes when it is edited in place, stepped by an optimizer, or given other storage."""
-    parameter = isinstance(p, nn.Parameter)
-    return (p, None if p.is_inference() else p._version, p.requires_grad, p.requires_grad and _steps,
-            parameter and p.data_ptr())
+    return (p, None if p.is_inference() else p._version, p.requires_grad, p.requires_grad and _steps[0],
+            isinstance(p, nn.Parameter) and p.data_ptr())
 
 
 def _same(p: Tensor, seen: tuple) -> bool:
@@ -419,8 +407,8 @@ def fuse(model: nn.Module) -> nn.Module:
     """Switches every adapted layer of `model` to the fast path, in place; returns it. Same parameters, same results.
 
     Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA;
-    butterflies of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Gradients of gradients
-    (create_graph=True) are for the eager path. Raises ValueError on a model that is not adapted.
+    butterflies of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Gradients of gradients and
+    torch.func's transforms are for the eager path. Raises ValueError on a model that is not adapted.
     """
     unfuse(model)
     groups: dict = {}

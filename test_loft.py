@@ -1001,6 +1001,18 @@ def test_the_batched_maps_are_orthogonal_for_tiny_and_huge_generators(exponent, 
         torch.testing.assert_close(D[..., i, j], g * (2 if map == "cayley" else 1), rtol=0, atol=10.0 ** exponent * 1e-4)
 
 
+@given(exponent=st.integers(-12, 8), r=st.integers(2, 40), transform=st.sampled_from(["cayley", "block", "butterfly"]), seed=seeds)
+def test_fused_T_is_orthogonal_in_float32(exponent, r, transform, seed):
+    """Also where a small generator is solved in float32 without the polish."""
+    torch.manual_seed(seed)
+    r += -r % 8 if transform == "butterfly" else 0
+    options = dict(block_size=2, stages=3) if transform == "butterfly" else {}
+    model = loft.adapt(nn.Sequential(nn.Linear(48, 48)), "0", support="random", rank=r, transform=transform, backend="fused", **options)
+    stir(model, 10.0 ** exponent)
+    D = model[0].fused.get(model[0])[0].double()
+    assert (D + D.mT + D.mT @ D).abs().max() <= 1e-5
+
+
 def test_the_cayley_backward_is_the_derivative():
     torch.manual_seed(0)
     generator = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
@@ -1087,13 +1099,19 @@ def test_the_cache_follows_every_change_of_the_parameters(tmp_path, monkeypatch)
         model.double()
     x = x.double()
     agree()
-    before, p = builds[0], fused[0].rotation.transform.generator
+    kernels.fuse(fused)
     with torch.inference_mode():
         fused(x)
-    fused(x).sum().backward()                                                 # nothing made in inference mode is reused
-    p.data.add_(0.1)
+    agree()                                                                   # nothing made in inference mode is kept
+    for model in (eager, fused):                                              # by hand, through .data: after a backward pass, or
+        model(x).square().sum().backward()
+        p = model[1].rotation.transform.generator
+        p.data.add_(p.grad, alpha=-0.1)
+        model.zero_grad()
+    agree()
+    for model in (eager, fused):                                              # else after another fuse
+        model[0].rotation.alpha.data.mul_(1.1)
     kernels.fuse(fused)
-    eager[0].rotation.transform.generator.data.add_(0.1)
     agree()
     kernels.unfuse(fused)
     before = builds[0]
@@ -1214,3 +1232,22 @@ def test_compile_without_graph_breaks_or_recompilation(variant, backend):
             next(p for p in model.parameters() if p.requires_grad).mul_(1.1)
     assert_same(results(compiled, x), results(eager, x), 1e-5)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+# ------------------------------------------------------------------------------------ 11. bench.py
+
+def test_bench_rows(monkeypatch, capsys):
+    """Small sizes; every row has its keys, the frozen layer keeps nothing, LOFT keeps z (n × r) and r × r pieces."""
+    import bench
+    arguments = type("Arguments", (), dict(device="cpu", dtype=torch.float32, threads=1))
+    n, d, r = 256, 64, 8
+    monkeypatch.setattr(bench, "RANKS", dict(loft=r, psoft=r, hra=4, lora=4))
+    rows = bench.layer_table(d, n, 0.01, arguments) + bench.transformer_table(64, 16, 1, 0.01, arguments, False)
+    keys = {"impl", "method", "backend", "d", "n", "r", "dtype", "device", "step_ms", "ratio_to_frozen", "saved_mib", "peak_mib", "trainable"}
+    assert all(keys <= row.keys() for row in rows + bench.once_table(64, 1, arguments))
+    found = {(row["impl"], row["method"], row["backend"]): row for row in reversed(rows)}
+    assert found["torch", "frozen", "eager"]["saved_mib"] == 0 and found["torch", "frozen", "eager"]["ratio_to_frozen"] == 1
+    z = 2 * n * r * 4 / 2 ** 20
+    assert z <= found["loft", "loft", "fused"]["saved_mib"] <= 1.1 * z + 2 * 10 * 8 * r * r / 2 ** 20
+    assert found["loft", "loft", "fused"]["saved_mib"] < found["loft", "lora", "eager"]["saved_mib"]
+    assert found["torch", "full", "eager"]["trainable"] == 2 * d * (d + 1)
