@@ -313,7 +313,7 @@ class Group:
             return Group([layer], self.apply, self.function, self.names).build()[0]
         parameters = self.parameters(layer)
         if not (self.built is not None and (self.with_grad or not grad)
-                and not (self.used and (not grad or parameters[0].grad is None))
+                and not (self.used and parameters[0].requires_grad and (not grad or parameters[0].grad is None))
                 and all(_same(p, seen) for p, seen in zip(parameters, self.seen[index]))):
             self.built, self.with_grad, self.used = self.build(), grad, False
             self.seen = [[_state(p) for p in self.parameters(each)] for each in self.layers]
@@ -333,7 +333,9 @@ class Group:
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """y (…, out) for x (…, in): what LOFTLinear computes, before its magnitude."""
-        device, base, side, b = x.device.type, layer.base, layer.side, getattr(layer.base, "bias", None)
+        device, base, side, past = x.device.type, layer.base, layer.side, getattr(layer, "past", None)
+        b = getattr(base, "bias", None)
+        b = b() if callable(b) else b                                         # a method in torch.ao's quantised layers
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         parts, product, z = [t.to(dtype) for t in self.get(layer)], False, None
         if self.apply is in_support:
@@ -345,11 +347,12 @@ class Group:
             A, B = (P, WP) if side == "input" else (WP, P)
             rows = x.reshape(-1, x.shape[-1])
             return RotatedLinear.apply(rows, z, D, base.weight, b, A, B).view(*x.shape[:-1], -1)
-        x = x.to(dtype) if side == "input" else base(x)
-        rows = x.reshape(-1, x.shape[-1])
-        if side == "input":                                                   # y = (x Rᵀ) W0ᵀ + b
-            return base(self.apply(rows, z, None, *parts).view(x.shape))
-        return self.apply(rows, None, b if b is None else b.to(x.dtype), *parts).view(x.shape)   # y = (x W0ᵀ) Rᵀ + b
+        if side == "input":                                                   # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
+            y = self.apply(x.reshape(-1, x.shape[-1]).to(dtype), z, None, *parts).view(x.shape)
+            return base(y if past is None else past(y))
+        y = base(x)                                                           # y = (x W0ᵀ) R_pastᵀ Rᵀ + b
+        y = y if past is None else y + past.delta(y if b is None else y - b)
+        return self.apply(y.reshape(-1, y.shape[-1]), None, b if b is None else b.to(y.dtype), *parts).view(y.shape)
 
     def before(self, module, args):
         self.slots = self.build() if is_compiling() else None
@@ -360,8 +363,8 @@ class Group:
 
 def _by_product(layer: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `RotatedLinear` fits: no more work by shape, and a plain frozen layer of that dtype that nobody listens to."""
-    base, narrow = layer.base, layer.base.in_features - layer.base.out_features
-    return (type(base) is nn.Linear and not is_compiling() and (narrow >= 0 if layer.side == "input" else narrow <= 0)
+    base, narrow = layer.base, layer.in_features - layer.out_features
+    return (type(base) is nn.Linear and getattr(layer, "past", None) is None and not is_compiling() and (narrow >= 0 if layer.side == "input" else narrow <= 0)
             and not base.weight.requires_grad and base.weight.dtype == dtype and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks))
 
@@ -386,6 +389,8 @@ def _plan(layer: nn.Module):
     T, dense = getattr(layer.rotation, "transform", None), getattr(layer.rotation, "P", None) is not None
     vectors = tuple(v for v in VECTORS if getattr(layer.rotation, v, None) is not None)
     kind, apply = type(T).__name__, in_support if dense else in_blocks
+    if hasattr(layer, "_conv_forward"):                                       # rotates its kernel, not its rows
+        return None
     if kind == "Skew" and T.map in ("cayley", "cayley_neumann", "expm") and (dense or T.b << len(T.generator) - 1 <= 256):
         make = partial(_skew, b=T.b, map=T.map, terms=T.terms, bound=T.bound, dense=dense, blocks=T.r // T.b)
         return apply, make, ("generator", *vectors)

@@ -62,6 +62,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
+def _uncast(device: torch.device):
+    """No autocast inside: it leaves float64 alone, so this matters where there is none."""
+    return torch.autocast("mps", enabled=False) if device.type == "mps" else contextlib.nullcontext()
+
+
 def skew(generator: Tensor, b: int) -> Tensor:
     """Q = U − Uᵀ (…, b, b), with U strictly upper triangular and filled, row by row, by `generator` (…, b(b−1)/2)."""
     i, j = torch.triu_indices(b, b, 1, device=generator.device)
@@ -145,7 +150,7 @@ class Skew(nn.Module):
 
     def blocks(self) -> Tensor:
         """T − I of every block, (m, blocks, b, b), in the generator's dtype (float32 or wider)."""
-        with torch.autocast(self.generator.device.type, enabled=False):
+        with _uncast(self.generator.device):
             g = _wide(self.generator)
             Q = skew(g, self.b)
             if self.bound is not None:                                        # ‖Q‖_F ≤ bound, block by block
@@ -209,7 +214,7 @@ class Givens(nn.Module):
             n = len(index) // 2                                               # an odd one out waits for the next stage
             pairs = y[..., index[:2 * n]].unflatten(-1, (n, 2))
             change = torch.einsum("...nb,nbc->...nc", pairs, D[start:start + n])
-            y, start, step = y.index_add(-1, index[:2 * n], change.flatten(-2)), start + n, 2 * step
+            y, start, step = y.index_add(-1, index[:2 * n], change.flatten(-2).to(y.dtype)), start + n, 2 * step
         return y - z
 
 
@@ -234,7 +239,7 @@ class Householder(nn.Module):
 
     def delta(self, z: Tensor) -> Tensor:
         """z (T − I)ᵀ = −(z V) S⁻ᵀ Vᵀ for rows z (…, r)."""
-        with torch.autocast(self.u.device.type, enabled=False):
+        with _uncast(self.u.device):
             u = _wide(self.u)
             v = u / torch.linalg.vector_norm(u, dim=0)
             a, c = v[:, 0::2], v[:, 1::2] - v[:, 0::2]                        # b = a + c,  c = 0 at the start
@@ -252,8 +257,21 @@ class Householder(nn.Module):
         return -((z @ V) @ K.mT) @ V.mT
 
 
+class Fixed(nn.Module):
+    """A given T, as T − I in the buffer D (r, r): rotations that `refresh` has put behind."""
+
+    def __init__(self, r: int):
+        super().__init__()
+        self.register_buffer("D", torch.zeros(r, r))
+
+    def delta(self, z: Tensor) -> Tensor:
+        return z @ self.D.to(z.dtype).mT
+
+
 def _make_transform(name: str, r: int, **options) -> nn.Module:
     """The transform called `name`, of size r; `TRANSFORMS` has the names, the classes explain the options."""
+    if name == "fixed":
+        return Fixed(r)
     if name not in TRANSFORMS:
         raise ValueError(_unknown("transform", name, TRANSFORMS))
     cls, defaults, allowed = TRANSFORMS[name]
@@ -341,6 +359,12 @@ class Rotation(nn.Module):
             return W + (D @ W if P is None else P @ (D @ (P.mT @ W)))
         return W + (W @ D if P is None else (W @ P) @ D @ P.mT)
 
+    @property
+    def strict(self) -> bool:
+        """Whether R is meant to be orthogonal: not with scaling vectors, qGOFT's relaxation or a truncated series."""
+        T = self.transform
+        return self.alpha is None and self.gauge is None and not getattr(T, "relaxed", False) and getattr(T, "map", "") != "cayley_neumann"
+
     @torch.no_grad()
     def orthogonality_error(self) -> float:
         """max |RᵀR − I| on the support, in float64: with D = T − I,  Pᵀ(RᵀR − I)P = D + Dᵀ + Dᵀ(PᵀP)D  (PᵀP ≈ I)."""
@@ -348,13 +372,13 @@ class Rotation(nn.Module):
         G = D if self.P is None else self.P.double().mT @ self.P.double() @ D
         return (D + D.mT + D.mT @ G).abs().max().item()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    dtype = property(lambda self: next(iter(self.state_dict().values())).dtype)
+    device = property(lambda self: next(iter(self.state_dict().values())).device)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, but keeps its precision under .half() and .bfloat16()."""
+        narrow = (torch.float16, torch.bfloat16)
+        return super()._apply(lambda t: t.to(new.device) if (new := fn(t)).dtype in narrow else new, recurse)
 
     def extra_repr(self) -> str:
         return f"d={self.d}, r={self.r}, {self.config['transform']}"
@@ -367,30 +391,38 @@ class LOFTLinear(nn.Module):
     looks at its weight. `weight` and `bias` read as those of the merged layer, so that code which takes the
     weight and never calls forward (nn.MultiheadAttention's out_proj, say) still sees, and trains, the rotation.
     magnitude=True adds a learned scale for every output, s (out,), ones at the start (in OFT and BOFT).
+    `past` is the product of the rotations before the last `refresh`: W = W0 R_past R, or R R_past W0.
+    A second adapter wraps the first: its `base` is the LOFTLinear of the one put on before, and W0 that one's weight.
     """
 
-    def __init__(self, base: nn.Module, rotation: nn.Module, side: str = "input", method: str = "loft", magnitude: bool = False):
+    def __init__(self, base: nn.Module, rotation: nn.Module, side: str = "input", method: str = "loft", magnitude: bool = False,
+                 name: str = "default"):
         super().__init__()
         if side not in SIDES:
             raise ValueError(_unknown("side", side, SIDES))
-        d = base.in_features if side == "input" else base.out_features
+        self.in_features, self.out_features = _shape(base)
+        d = self.in_features if side == "input" else self.out_features
         if rotation.d != d:
             raise ValueError(f"a rotation of {rotation.d} dimensions on a layer whose {side} side has {d}")
-        self.base, self.rotation, self.side, self.method, self.enabled = base, rotation, side, method, True
+        self.base, self.rotation, self.side, self.method, self.name, self.enabled = base, rotation, side, method, name, True
+        self.magnitude = nn.Parameter(torch.ones(self.out_features, dtype=rotation.dtype, device=rotation.device)) if magnitude else None
+        self.past: Rotation | None = None
         self.fused = None                                                     # set by kernels.fuse: the fast path
-        self.magnitude = nn.Parameter(torch.ones(base.out_features, dtype=rotation.dtype)) if magnitude else None
 
-    in_features = property(lambda self: self.base.in_features)
-    out_features = property(lambda self: self.base.out_features)
     bias = property(lambda self: self.base.bias)
+    nf = property(lambda self: self.base.nf)                                  # marks transformers' Conv1D, a transposed weight
 
     @property
     def weight(self) -> Tensor:
-        """The rotated weight W0 R or R W0, times diag(s): (out, in), in W0's dtype, differentiable."""
-        if not self.enabled:
-            return self.base.weight
-        W = self.rotation.rotate(self.base.weight, self.side)
-        return (W if self.magnitude is None else self.magnitude[:, None] * W).to(self.base.weight.dtype)
+        """The rotated weight diag(s) W0 R or diag(s) R W0, in W0's dtype and layout, differentiable."""
+        return self.exact_weight().to(self.base.weight.dtype) if self.enabled else self.base.weight
+
+    def exact_weight(self) -> Tensor:
+        """The rotated weight in W0's layout, in the rotation's precision."""
+        W = _matrix(self.base) if self.past is None else self.past.rotate(_matrix(self.base), self.side)
+        W = self.rotation.rotate(W, self.side)
+        W = W if self.magnitude is None else self.magnitude[:, None] * W
+        return W.mT if hasattr(self, "nf") else W.view(self.base.weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -403,19 +435,33 @@ class LOFTLinear(nn.Module):
     def _rotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rotated layer's output and its bias b."""
         b = getattr(self.base, "bias", None)
+        b = b() if callable(b) else b                                         # a method in torch.ao's quantised layers
         if self.fused is not None:
             return self.fused(self, x), b                                     # the same, by kernels.py
         if self.side == "input":
-            return self.base(self.rotation(x)), b                             # y = (x Rᵀ) W0ᵀ + b
+            x = self.rotation(x)
+            return self.base(x if self.past is None else self.past(x)), b     # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
         y = self.base(x)
-        return y + self.rotation.delta(y if b is None else y - b), b          # y = (x W0ᵀ) Rᵀ + b
+        for R in (self.past, self.rotation):
+            y = y if R is None else y + R.delta(y if b is None else y - b)    # y = (x W0ᵀ) R_pastᵀ Rᵀ + b
+        return y, b
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Everything in state_dict() but the base layer."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
 
     def extra_repr(self) -> str:
-        return f"side={self.side}"
+        return f"{self.name}, side={self.side}"
+
+
+class LOFTConv2d(LOFTLinear):
+    """A convolution with its kernel, as a matrix (out, channels × height × width), rotated: one thin product a forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.base._conv_forward(x, weight, bias)
 
 
 class LoRA(nn.Module):
@@ -428,7 +474,8 @@ class LoRA(nn.Module):
         self.A = nn.Parameter(torch.randn(rank, d, dtype=dtype) / d ** 0.5)
         self.B = nn.Parameter(torch.zeros(out, rank, dtype=dtype))
 
-    dtype = property(lambda self: self.A.dtype)
+    dtype, device = property(lambda self: self.A.dtype), property(lambda self: self.A.device)
+    strict = False
 
     def rotate(self, W: Tensor, side: str) -> Tensor:
         return W.to(self.dtype) + self.scaling * self.B @ self.A
@@ -455,7 +502,7 @@ Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
           support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
           magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: Targets = (), seed: int = 0,
-          backend: str = "eager", **options) -> nn.Module:
+          name: str = "default", backend: str = "eager", **options) -> nn.Module:
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
     Args:
@@ -472,8 +519,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         magnitude: also learn a scale for every output (see `LOFTLinear`).
         svd, symmetric: PSOFT's variants. Of support="principal": "full", "lowrank" (randomised) or "auto"; and whether
             the singular values are split evenly between the two factors (see `Rotation`'s gauge).
-        trainable: further parameters that stay trainable, in the grammar of `targets`, by parameter name.
+        trainable: further parameters that stay trainable, by name: a regex or a list, as in `targets`.
         seed: of random supports and of initial reflections.
+        name: of this adapter. A second one, of another name, is put on top of the first (W0 R_1 R_2), which is frozen.
         backend: "eager", or "fused" for the fast twins in kernels.py (see `kernels.fuse`).
     Returns:
         the model itself.
@@ -487,8 +535,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     if backend not in ("eager", "fused"):
         raise ValueError(_unknown("backend", backend, ("eager", "fused")))
     kernels = importlib.import_module(__name__ + ".kernels") if backend == "fused" else None
-    if adapted := [name for name, _ in layers(model)]:
-        raise ValueError(f"the model is already adapted ({adapted[0]} and {len(adapted) - 1} more); merge it first")
+    if adapted := [n for n, _ in layers(model, name)]:
+        raise ValueError(f"the model already has an adapter {name!r} (on {adapted[0]} and {len(adapted) - 1} more layers); "
+                         "merge it first, or give this one another name")
     preset = METHODS[method]
     support = preset["support"] if support is None else support
     transform = transform or preset["transform"]
@@ -498,41 +547,45 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     if isinstance(support, dict) and targets is None:
         targets = list(support)
     found = target_layers(model, targets)
-    keep = _matches([name for name, _ in model.named_parameters()], trainable)
+    keep = _matches([n for n, _ in model.named_parameters()], trainable)
 
     wrapped = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        for name, base in found.items():
+        for n, base in found.items():
             try:
-                P, extra = _resolve_support(support, name, base, side, rank, transform, svd)
+                P, extra = _resolve_support(support, n, base, side, rank, transform, svd)
                 if symmetric:                                                 # σ_i = ‖W0 p_i‖ for singular vectors p_i
-                    W = base.weight if side == "input" else base.weight.mT
+                    if P is None:
+                        raise ValueError("symmetric=True splits the singular values of a support; there is none")
+                    W = _matrix(base) if side == "input" else _matrix(base).mT
                     extra["gauge"] = (W.to(P.dtype) @ P).norm(dim=0).sqrt()
-                layer = _build(base, method, side, P, magnitude, transform, {**options, **extra})
+                layer = _build(base, name, method, side, P, magnitude, transform, {**options, **extra})
                 if not sum(p.numel() for p in layer.rotation.parameters()):
                     raise ValueError(f"a {layer.rotation.r} × {layer.rotation.r} {transform!r} has no parameters, so "
                                      "nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
-                wrapped[name] = layer
+                wrapped[base] = layer
             except (ValueError, TypeError) as e:
-                raise type(e)(f"layer {name!r}: {e}") from None
+                raise type(e)(f"layer {n!r}: {e}") from None
 
-    for name, p in model.named_parameters():                                  # from here on nothing can fail
-        p.requires_grad_(name in keep)
-    _replace(model, {found[name]: layer for name, layer in wrapped.items()})
+    for n, p in model.named_parameters():                                     # from here on nothing can fail
+        p.requires_grad_(n in keep)
+    _replace(model, wrapped)
     return model if kernels is None else kernels.fuse(model)
 
 
 def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
     """{name: linear layer} that `targets` means (see `adapt`); a layer used in two places counts once.
 
-    None is every linear layer but the output head: the model's get_output_embeddings() where it has one, and any
+    Linear is what has in_features and out_features, transformers' Conv1D, and Conv2d where `targets` name it.
+    None is every linear layer but Conv2d and the output head: the model's get_output_embeddings() where it has one, and any
     layer that shares its weight with an embedding or is called lm_head, head, classifier or score; where there is
     none of these, the last linear layer.
     """
-    linear = {n: m for n, m in model.named_modules()
-              if n and isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)
-              and not isinstance(m, LOFTLinear)}
+    inner = {m.base for m in model.modules() if isinstance(m, LOFTLinear)}     # an adapted layer is the outermost wrapper
+    linear = {n: m for n, m in model.named_modules() if n and _shape(m) and m not in inner}
+    if targets is None:
+        linear = {n: m for n, m in linear.items() if not isinstance(m, (nn.Conv2d, LOFTConv2d))}
     if not linear:
         raise ValueError("the model has no linear layer inside it (to adapt a bare layer, wrap it: loft.LOFTLinear)")
     if targets is None:
@@ -554,45 +607,104 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
     return {n: linear[n] for n in names}
 
 
-def layers(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
-    """(name, layer) of every adapted layer."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, LOFTLinear)]
+def layers(model: nn.Module, name: str | None = None) -> list[tuple[str, LOFTLinear]]:
+    """(name, layer) of every adapted layer, of one adapter or of all; of several on one layer, the last put on comes first."""
+    found = {}
+    for n, m in model.named_modules():
+        if isinstance(m, LOFTLinear):
+            parent = n.removesuffix(".base")
+            found[n] = (found[parent][0] if n != parent and parent in found else n, m)
+    return [(n, m) for n, m in found.values() if name in (None, m.name)]
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, LOFTLinear]]:
-    found = layers(model)
+def _adapted(model: nn.Module, name: str | None = None) -> list[tuple[str, LOFTLinear]]:
+    found = layers(model, name)
     if not found:
-        raise ValueError("the model is not adapted: call loft.adapt (or loft.load) first")
+        names = ", ".join(sorted({m.name for _, m in layers(model)}))
+        raise ValueError(f"the model has no adapter {name!r}, it has: {names}" if names else
+                         "the model is not adapted: call loft.adapt (or loft.load) first")
     return found
 
 
-@torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
-    """Folds every rotation into its weight, in place, and puts the plain layers back (still frozen). Returns the model.
+def _one(model: nn.Module, name: str | None) -> list[tuple[str, LOFTLinear]]:
+    """The layers of one adapter, which has to be named where there are several."""
+    names = {m.name for _, m in _adapted(model, name)}
+    if len(names) > 1:
+        raise ValueError(f"the model has several adapters, {', '.join(sorted(names))}: say which by name=")
+    return _adapted(model, name)
 
-    Computed in float32 or wider, so it equals the adapted model to rounding in the weight's dtype. A weight that is
-    shared with another layer (a tied head) is not touched: the merged layer gets its own.
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """Folds rotations into their weights, in place, and puts the plain layers back (still frozen). Returns the model.
+
+    Computed in float32 or wider, so it equals the adapted model to rounding in the weight's dtype (`merge_error` says how
+    much that is in bf16), or in `dtype`. A weight that is shared with another layer (a tied head) is not touched: the
+    merged layer gets its own. All adapters, the first put on first, or the one called `name`, if nothing lies under it.
     """
-    found = _adapted(model)
-    for name, layer in found:
-        if not (isinstance(getattr(layer.base, "weight", None), Tensor) and layer.base.weight.is_floating_point()):
-            raise ValueError(f"layer {name!r}: a {type(layer.base).__name__} has no floating weight to merge into; "
-                             "keep it adapted")
-    if any(layer.fused is not None for _, layer in found):
+    found = _adapted(model, name)[::-1]
+    for n, layer in found:
+        if not _mergeable(layer):
+            raise ValueError(f"layer {n!r}: a {type(_plain(layer)).__name__} has no floating weight to merge into; keep it adapted")
+        if name is not None and isinstance(layer.base, LOFTLinear):
+            raise ValueError(f"layer {n!r}: adapter {layer.base.name!r} lies under {name!r}; merge that one first")
+    if was_fused := any(layer.fused is not None for _, layer in found):
         importlib.import_module(__name__ + ".kernels").unfuse(model)          # takes its hooks off the model
-    for _, layer in found:
-        was, layer.enabled = layer.enabled, True
-        weight = layer.weight
-        layer.enabled = was
+    for n, layer in found:                                                    # one by one: at any moment the model computes the same
+        layer.enabled = True
+        weight = layer.exact_weight().to(dtype or layer.base.weight.dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"layer {n!r}: its rotation is not finite, so it is left as it is")
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
-    _replace(model, {layer: layer.base for _, layer in found})
-    return model
+        _replace(model, {layer: layer.base})
+    return importlib.import_module(__name__ + ".kernels").fuse(model) if was_fused and layers(model) else model
+
+
+def _mergeable(layer: nn.Module) -> bool:
+    weight = getattr(_plain(layer), "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point()
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """The layer under all adapters."""
+    while isinstance(layer, LOFTLinear):
+        layer = layer.base
+    return layer
+
+
+@torch.no_grad()
+def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float]:
+    """{layer: ‖round(W) − W‖_F / ‖W − W0‖_F}: how much of what was learned a merge into the weight's dtype (or `dtype`) rounds away."""
+    errors = {}
+    for n, layer in _adapted(model):
+        W, W0 = layer.exact_weight(), layer.base.weight
+        rounded, learned = W.to(dtype or W0.dtype).to(W.dtype), (W - W0.to(W.dtype)).norm()
+        errors[n] = ((rounded - W).norm() / learned).item() if learned else 0.0
+    return errors
 
 
 @contextlib.contextmanager
-def disabled(model: nn.Module):
-    """Inside `with loft.disabled(model):` the model is the one before adaptation."""
-    found = _adapted(model)
+def merged(model: nn.Module):
+    """Inside `with loft.merged(model):` the rotations are folded into the weights, at the speed of the plain model; afterwards
+    the weights are what they were, bit for bit (they are kept meanwhile: one more copy of the adapted weights)."""
+    outermost = [m for _, m in _adapted(model) if not any(o.base is m for _, o in layers(model))]
+    kept = [(_plain(m), _plain(m).weight) for m in outermost]
+    with torch.no_grad():
+        weights = [m.weight for m in outermost]
+    try:
+        with disabled(model):
+            for (base, W0), W in zip(kept, weights):
+                base.weight = nn.Parameter(W, requires_grad=W0.requires_grad)
+            yield model
+    finally:
+        for base, W0 in kept:
+            base.weight = W0
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module, name: str | None = None):
+    """Inside `with loft.disabled(model):` the model is the one before adaptation (or before that of one adapter)."""
+    found = _adapted(model, name)
     was = [layer.enabled for _, layer in found]
     try:
         for _, layer in found:
@@ -603,9 +715,128 @@ def disabled(model: nn.Module):
             layer.enabled = enabled
 
 
+def use(model: nn.Module, *names: str) -> nn.Module:
+    """Switches the adapters called `names` on and all others off."""
+    for name in names:
+        _adapted(model, name)
+    for _, layer in layers(model):
+        layer.enabled = layer.name in names
+    return model
+
+
 def orthogonality_error(model: nn.Module) -> dict[str, float]:
-    """{layer: max |RᵀR − I| on its support, in float64}."""
-    return {name: layer.rotation.orthogonality_error() for name, layer in _adapted(model)}
+    """{layer: max |RᵀR − I| on its support, in float64}; the largest where there are several rotations."""
+    errors: dict[str, float] = {}
+    for n, layer in _adapted(model):
+        for R in (layer.rotation, layer.past):
+            errors[n] = max(errors.get(n, 0.0), R.orthogonality_error() if R is not None else 0.0)
+    return errors
+
+
+def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str, str]:
+    """{layer: what is wrong with its adapter}; empty when every one is reached, gets gradient, merges and is orthogonal.
+
+    Args:
+        batch: what the model takes (a tensor, a tuple of arguments or a dict of keywords), or what loss_fn(model, batch)
+            takes; without loss_fn the gradient is that of a random linear function of the output.
+    The entry "" speaks of the model as a whole: its output with merged weights against the adapted one.
+    """
+    def run():
+        out = (loss_fn(model, batch) if loss_fn else model(**batch) if isinstance(batch, dict) else
+               model(*batch) if isinstance(batch, tuple) else model(batch))
+        return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    found, reached, modes = _adapted(model), set(), [(m, m.training) for m in model.modules()]
+    handles = [m.register_forward_hook(lambda m, *_: reached.add(m)) for _, m in found]
+    try:
+        model.eval()
+        with torch.enable_grad():
+            out, generator = run(), torch.Generator().manual_seed(0)
+            loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in out)
+        wrong = {n: problem for n, m in found if (problem := _problem(m, m in reached, loss))}
+        if all(_mergeable(m) for _, m in found):
+            with merged(model), torch.no_grad():
+                folded = run()
+            for a, b in zip(folded, out):
+                if (a - b).abs().max() > {torch.float64: 1e-10, torch.float32: 1e-4}.get(a.dtype, 0.05) * b.abs().max():
+                    wrong[""] = f"with merged weights the output differs by {(a - b).abs().max():.0e}"
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, mode in modes:
+            m.training = mode
+    return wrong
+
+
+def _problem(layer: LOFTLinear, reached: bool, loss: Tensor) -> str | None:
+    own = [p for k, p in layer.named_parameters() if not k.startswith("base.") and p.requires_grad]
+    grads = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True) if own and loss.requires_grad else []
+    if not layer.enabled:
+        return "it is switched off (see loft.use)"
+    if not own:
+        return "none of its parameters require grad"
+    if all(g is None for g in grads):
+        return "it is reached, but gets no gradient" if reached else "it is never reached: its layer is bypassed, or not used for this batch"
+    if not all(g.isfinite().all() for g in grads if g is not None):
+        return "its gradient is not finite"
+    if layer.rotation.strict and (error := layer.rotation.orthogonality_error()) > 1e-5:
+        return f"|RᵀR − I| = {error:.0e}"
+    return None
+
+
+@torch.no_grad()
+def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None, *,
+            name: str | None = None) -> nn.Module:
+    """Puts the learned rotations behind, as R_past ← R_past R (input side; R R_past on the output side), and starts
+    anew from the identity in another support, which `selectors.select` chooses at this very point:
+
+        loft.refresh(model, selectors.select(model, batches, loss_fn, rank), optimizer)
+
+    Outputs do not change but for rounding. R_past = I + P (T − I) Pᵀ stays one rotation, with P an orthonormal basis of
+    all supports so far, so W0 stays as it is (a quantised or tied one too) and `save` stays compact. Layers that
+    `support` does not name go on as they are.
+
+    In `optimizer` the new generators take the place of the old, with no state: moments are kept per entry of a
+    generator, and in another support an entry is another plane.
+    """
+    found = dict(_one(model, name))
+    if unknown := [n for n in support if n not in found]:
+        raise ValueError(f"layer {unknown[0]!r} is not adapted; adapted are: {', '.join(found)}")
+    new = {}
+    for n, P in support.items():
+        layer, old = found[n], found[n].rotation
+        try:
+            if getattr(old, "P", None) is None:
+                raise ValueError(f"method {layer.method!r} has no support to refresh")
+            rotation = Rotation(old.d, P, dtype=old.dtype, **{k: v for k, v in old.config.items() if k != "d"}).to(old.device)
+            both = (layer.past, old) if layer.side == "input" else (old, layer.past)
+            new[n] = rotation, _product(*(R for R in both if R is not None))
+        except ValueError as e:
+            raise ValueError(f"layer {n!r}: {e}") from None
+    for n, (rotation, past) in new.items():
+        layer = found[n]
+        swap = dict(zip(layer.rotation.parameters(), rotation.parameters()))
+        for group in optimizer.param_groups if optimizer else ():
+            group["params"] = [swap.get(p, p) for p in group["params"]]
+        for p in swap if optimizer else ():
+            optimizer.state.pop(p, None)
+        layer.rotation, layer.past = rotation, past
+    return model
+
+
+def _product(*rotations: Rotation) -> Rotation:
+    """R_1 R_2 … as one frozen rotation I + P (T − I) Pᵀ: P spans all supports, T = Pᵀ R_1 R_2 … P. In float64."""
+    like = rotations[0]
+    U, s, _ = torch.linalg.svd(torch.cat([_wide(R.P) for R in rotations], 1), full_matrices=False)
+    P = U[:, s > 1e-6]
+    T = eye = torch.eye(P.shape[1], dtype=P.dtype, device=P.device)
+    for R in rotations:
+        D = R._delta_in_support(torch.eye(R.r, dtype=R.dtype, device=R.device)).mT
+        C = P.mT @ _wide(R.P)                                                 # PᵀRP = I + (PᵀP_i)(T_i − I)(PᵀP_i)ᵀ
+        T = T + T @ C @ _wide(D) @ C.mT
+    R = Rotation(like.d, P, "fixed", dtype=like.dtype).to(like.device)
+    R.transform.D.copy_(T - eye)
+    return R
 
 
 def regularizer(model: nn.Module) -> Tensor:
@@ -626,14 +857,15 @@ def regularizer(model: nn.Module) -> Tensor:
     return sum(terms, torch.zeros((), device=_device(model)))
 
 
-def save(model: nn.Module, path) -> None:
-    """Writes the adapter (supports, generators, settings) and whatever else of the model is trainable to `path`.
+def save(model: nn.Module, path, *, name: str | None = None) -> None:
+    """Writes the adapter (supports, generators, settings; of several, the one called `name`) and whatever else of the model
+    is trainable to `path`.
 
     Written beside `path` and then moved over it: an interrupted save leaves the older file. P itself is stored,
     since a support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's,
     followed by the SHA-256 of its bytes.
     """
-    payload = _payload(model)
+    payload = _payload(model, name)
     torch.save(payload, buffer := io.BytesIO())
     path, data = os.fspath(path), buffer.getvalue()
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
@@ -648,8 +880,9 @@ def save(model: nn.Module, path) -> None:
         raise
 
 
-def load(model: nn.Module, path) -> nn.Module:
-    """Puts the adapter at `path` on `model`: a plain model is adapted as the file says, an adapted one must agree.
+def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
+    """Puts the adapter at `path` on `model` under `name`: put on new, as the file says, or into one of that name, which
+    must agree.
 
     Nothing is executed from the file (weights_only). Everything is checked before the model is touched.
     Raises ValueError naming each layer, shape or setting that differs, or saying that the file is not an adapter.
@@ -659,11 +892,13 @@ def load(model: nn.Module, path) -> nn.Module:
         data = f.read()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ValueError(f"{path} is not a LOFT adapter file, or is damaged")
-    payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    try:
+        payload = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    except Exception as e:                                                    # e.g. pickled code, which weights_only refuses
+        raise ValueError(f"{path} is not a LOFT adapter file: {str(e).splitlines()[0]}") from e
     if (payload.get("format"), payload.get("version")) != ("loft", 1):
         raise ValueError(f"{path} has format {payload.get('format')!r} {payload.get('version')}, this reads 'loft' 1")
-
-    return _attach(model, payload, path)
+    return _attach(model, payload, path, name)
 
 
 def from_peft(source, model: nn.Module | None = None) -> nn.Module:
@@ -676,7 +911,7 @@ def from_peft(source, model: nn.Module | None = None) -> nn.Module:
     """
     interop = importlib.import_module(__name__ + ".interop")
     model, payload = interop.read_peft(source, model)
-    return _attach(model, payload, "the peft adapter")
+    return _attach(model, payload, "the peft adapter", "default")
 
 
 def to_peft(model: nn.Module, path) -> None:
@@ -685,46 +920,43 @@ def to_peft(model: nn.Module, path) -> None:
     importlib.import_module(__name__ + ".interop").write_peft(_payload(model), weights, path)
 
 
-def _payload(model: nn.Module) -> dict:
+def _payload(model: nn.Module, name: str | None = None) -> dict:
     """What `save` writes: plain containers and tensors."""
-    found = _adapted(model)
-    inside = {id(p) for _, layer in found for k, p in layer.named_parameters() if not k.startswith("base.")}
+    found = _one(model, name)
+    inside = {id(p) for _, layer in layers(model) for k, p in layer.named_parameters() if not k.startswith("base.")}
     return {
         "format": "loft", "version": 1,
-        "layers": {name: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
-                              dtype=str(layer.rotation.dtype).removeprefix("torch."),
-                              state={k: v.cpu() for k, v in layer.adapter_state().items()}) for name, layer in found},
+        "layers": {n: dict(method=layer.method, side=layer.side, config=layer.rotation.config,
+                           dtype=str(layer.rotation.dtype).removeprefix("torch."),
+                           state={k: v.cpu() for k, v in layer.adapter_state().items()}) for n, layer in found},
         "trainable": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside},
     }
 
 
-def _build(base: nn.Module, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
+def _build(base: nn.Module, name: str, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
            dtype: torch.dtype | None = None) -> LOFTLinear:
     """One wrapped layer, in the precision of its weight (float32 at least) and on its device."""
     if dtype is None:
         W = getattr(base, "weight", None)
         dtype = torch.promote_types(W.dtype if isinstance(W, Tensor) and W.is_floating_point() else torch.float32, torch.float32)
+    if getattr(base, "groups", 1) != 1:
+        raise ValueError(f"a convolution with groups={base.groups} has no one input side to rotate; leave it out of targets")
     if transform == "lora":
-        layer = LoRALinear(base, LoRA(base.in_features, base.out_features, dtype=dtype, **options), side, method, magnitude)
+        adapter = LoRA(*_shape(base), dtype=dtype, **options)
     else:
-        d = base.in_features if side == "input" else base.out_features
-        layer = LOFTLinear(base, Rotation(d, P, transform, dtype=dtype, **options), side, method, magnitude)
-    for module in layer.children():
-        if module is not base:
-            module.to(_device(base))
-    if magnitude:
-        layer.magnitude.data = layer.magnitude.data.to(_device(base))
-    return layer.train(base.training)
+        adapter = Rotation(_shape(base)[SIDES.index(side)], P, transform, dtype=dtype, **options)
+    layer = LOFTConv2d if isinstance(base, (nn.Conv2d, LOFTConv2d)) else LoRALinear if transform == "lora" else LOFTLinear
+    return layer(base, adapter.to(_device(base)), side, method, magnitude, name).train(base.training)
 
 
-def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
-    """Puts a `_payload` on a plain model, or into an adapted one that agrees with it; all or nothing."""
-    modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model))
+def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Module:
+    """Puts a `_payload` on the model as a new adapter, or into the one of that name if it agrees; all or nothing."""
+    modules, parameters, adapted = dict(model.named_modules()), dict(model.named_parameters()), dict(layers(model, adapter))
     wrong = [f"layer {n!r} is adapted in the model but not in the file" for n in adapted if n not in payload["layers"]]
     new = {}
     for name, spec in payload["layers"].items():
-        layer, side, d = modules.get(name), spec["side"], spec["config"]["d"]
-        has = getattr(layer, "in_features" if side == "input" else "out_features", None)
+        layer, side, d = adapted.get(name, modules.get(name)), spec["side"], spec["config"]["d"]
+        has = (_shape(layer) or (None, None))[SIDES.index(side)] if layer is not None else None
         if layer is None:
             wrong.append(f"layer {name!r} is not in the model")
         elif adapted and name not in adapted:
@@ -736,8 +968,10 @@ def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
             options = {k: v for k, v in spec["config"].items() if k not in ("d", "out", "transform")}
             options |= {"gauge": state["rotation.gauge"]} if "rotation.gauge" in state else {}
             base = layer.base if adapted else layer
-            built = _build(base, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
+            built = _build(base, adapter, spec["method"], side, state.get("rotation.P"), "magnitude" in state,
                            spec["config"]["transform"], options, getattr(torch, spec["dtype"]))
+            if "past.P" in state:
+                built.past = Rotation(d, state["past.P"], "fixed", dtype=built.rotation.dtype).to(_device(base))
             built.load_state_dict(state, strict=False)
             if adapted:
                 wrong += [f"layer {name!r}: {what} is {there!r} in the file, {here!r} in the model" for what, there, here in
@@ -754,6 +988,7 @@ def _attach(model: nn.Module, payload: dict, origin: str) -> nn.Module:
 
     if adapted:                                                               # in place: an optimizer may hold the parameters
         for name, layer in new.items():
+            adapted[name].past = layer.past
             adapted[name].load_state_dict(layer.adapter_state(), strict=False)
     else:
         model.requires_grad_(False)
@@ -789,7 +1024,7 @@ def random(W: Tensor, r: int) -> Tensor:
 
 def _resolve_support(support, name: str, base: nn.Module, side: str, rank, transform: str, svd: str) -> tuple[Tensor | None, dict]:
     """The support of one layer, P (d, r) or None for all coordinates, and further options of its transform."""
-    d = base.in_features if side == "input" else base.out_features
+    d = _shape(base)[SIDES.index(side)]
     for what, value in (("rank", rank), ("support", support)):
         if isinstance(value, dict) and name not in value:
             raise ValueError(f"no {what} for this layer in the dict given")
@@ -812,8 +1047,9 @@ def _resolve_support(support, name: str, base: nn.Module, side: str, rank, trans
     if not 1 <= r <= d:
         raise ValueError(f"rank={r} must be between 1 and the dimension, {d}")
     if support in ("principal", "minor", "random"):
-        if not isinstance(W := getattr(base, "weight", None), Tensor):
-            raise ValueError(f"a {type(base).__name__} has no weight tensor for support={support!r}; give a tensor")
+        if not _mergeable(base):
+            raise ValueError(f"a {type(base).__name__} has no floating weight for support={support!r}; give a tensor")
+        W = _matrix(base)
         if support == "minor":
             choose = importlib.import_module(__name__ + ".selectors").minor
         else:
@@ -840,7 +1076,7 @@ def _check_support(P: Tensor, d: int) -> int:
 
 
 def _matches(names: list[str], wanted) -> list[str]:
-    """Names that a regex finds, a callable accepts, or a list means (by whole dotted components)."""
+    """Names that a regex finds, or a list means (an entry is one or more whole dotted components)."""
     if isinstance(wanted, str):
         try:
             return [n for n in names if re.search(wanted, n)]
@@ -851,6 +1087,21 @@ def _matches(names: list[str], wanted) -> list[str]:
         if not any(f".{w}." in f".{n}." for n in names):
             raise ValueError(f"{w!r} is none of the model's names" + _nearest(w, names))
     return [n for n in names if any(f".{w}." in f".{n}." for w in wanted)]
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a layer that can be adapted: linear-like, transformers' Conv1D, or Conv2d with in = channels × kernel."""
+    if isinstance(module, nn.Conv2d):
+        return module.weight[0].numel(), module.out_channels
+    if isinstance(getattr(module, "nf", None), int):
+        return tuple(module.weight.shape)
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return shape if all(isinstance(n, int) for n in shape) else None
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in): Conv1D stores its transpose, a convolution (out, channels, height, width)."""
+    return module.weight.mT if hasattr(module, "nf") else module.weight.flatten(1)
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

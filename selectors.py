@@ -10,8 +10,9 @@ For a rotation on the output side (R W0) pass the transposes: S = skew(W0Gᵀ) u
 
     from loft import selectors
     P = selectors.skew(W0, G, r=32)                                            # the best P there is, for this G
-    P = selectors.select(model, batches, loss_fn, rank=32, kind="skew")        # {layer: P}
+    P = selectors.select(model, batches, loss_fn, rank=32, kind="skew")        # {layer: P}, dense G never formed
     loft.adapt(model, support=P)
+    P = selectors.within(model, batches, loss_fn, budget=20_000)               # or: parameters where planes are strongest
 """
 from __future__ import annotations
 
@@ -28,12 +29,15 @@ if __name__ == "selectors":
     sys.modules["selectors"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["selectors"])
 else:
+    import heapq
     import re
+    import sys
+    import warnings
 
     import torch
     from torch import Tensor, nn
 
-KINDS = ("random", "coordinate", "principal", "minor", "activation", "gradient", "paired", "skew")
+KINDS = ("random", "coordinate", "principal", "minor", "activation", "gradient", "paired", "rescored", "skew")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -90,10 +94,17 @@ def paired(W: Tensor, G: Tensor, r: int) -> Tensor:
     For a rank-one G = σ u vᵀ the plane span{v, W0ᵀu} is the best there is; v alone scores exactly 0.
     An odd r takes one more v.
     """
-    k = (_rank(r, W) + 1) // 2
     U, _, Vh = torch.linalg.svd(_wide(G), full_matrices=False)
-    pairs = torch.stack([Vh[:k].mT, _unit(_wide(W).mT @ U[:, :k])], -1)        # (in, k, 2)
-    return _orthonormal(pairs.flatten(-2)[:, :r], r)
+    return _pairs(_wide(W), U, Vh.mT, _rank(r, W))
+
+
+def rescored(W: Tensor, G: Tensor, r: int, pool: int = 4) -> Tensor:
+    """The best r dimensions for G inside the top pool·r principal directions V of W: P = V · planes(VᵀSV).
+
+    Between `principal` (pool = 1) and `skew` (pool·r = in): what the task asks for, within what the layer does most.
+    """
+    V = _right_singular(W, min(pool * _rank(r, W), W.shape[1]))
+    return V @ planes(V.mT @ _skew_times(W, _wide(W) @ V, _wide(G) @ V, G), r)[0]
 
 
 def skew(W: Tensor, G: Tensor, r: int, generator: torch.Generator | None = None) -> Tensor:
@@ -105,10 +116,8 @@ def skew(W: Tensor, G: Tensor, r: int, generator: torch.Generator | None = None)
     W, G, r = _wide(W), _wide(G), _rank(r, W)
     if W.shape[1] <= 1024:
         return planes((W.mT @ G - G.mT @ W) / 2, r)[0]
-    Q = _orthonormal(torch.randn(W.shape[1], min(r + 16, W.shape[1]), generator=generator, dtype=W.dtype).to(W.device))
-    for _ in range(6):
-        Q = _orthonormal(_skew_times(W, G, Q))
-    return Q @ planes(Q.mT @ _skew_times(W, G, Q), r)[0]
+    products = lambda pairs: {n: (G @ A, G.mT @ B) for n, (A, B) in pairs.items()}
+    return _iterate(lambda n: W, products, {"W": r}, 5, 16, generator)["W"][0]
 
 
 def planes(S: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -132,97 +141,336 @@ def score(W: Tensor, G: Tensor, P: Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Over a model
+# Over a model. Everything below asks one thing of the gradient: its thin products G A and GᵀB, which hooks sum over
+# batches, G A = Σ δᵀ(x A), GᵀB = Σ xᵀ(δ B), from a layer's input rows x (n, in) and output gradients δ (n, out).
 # ---------------------------------------------------------------------------------------------------------
 
+class Supports(dict):
+    """{layer: P (in, r)}, and in .sigma {layer: σ_1 ≥ σ_2 ≥ …}, the strengths of the planes P[:, 0:2], P[:, 2:4], …"""
+
+    def __init__(self, supports=(), sigma=()):
+        super().__init__(supports)
+        self.sigma = dict(sigma)
+
+
 def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind: str = "skew", targets=None, *,
-           side: str = "input", seed: int = 0) -> dict[str, Tensor]:
-    """Chooses a support for every target layer: {layer: P}, for `loft.adapt(model, support=…)`.
+           side: str = "input", passes: int = 3, oversample: int = 16, exact: bool | None = None, pool: int = 4,
+           seed: int = 0) -> Supports:
+    """Chooses a support for every target layer, for `loft.adapt(model, support=…)`. Layers not reached are warned of and left out.
 
     Args:
-        batches: iterable of whatever loss_fn takes; its gradients are summed.
-        loss_fn: (model, batch) → scalar loss. Any task.
+        batches: iterable of whatever loss_fn takes (a one-shot iterator is kept in a list); gradients are summed,
+            over the ranks too when torch.distributed is initialised.
+        loss_fn: (model, batch) → scalar loss of any task; for several tasks at once, the sum of their losses sums their S.
         rank, targets, side: as in `loft.adapt`; kind: one of `KINDS`.
-    Weights keep requires_grad as it was and get no .grad; the model runs in eval mode and is put back.
+        exact: True sums the dense G (out, in) of each layer in one pass; False keeps in × (rank + oversample) by
+            randomised subspace iteration over `passes` passes; None: exact where in and out are at most 1024.
+        pool: of `rescored`. seed: of random starts; the result is a function of it.
+    Weights keep requires_grad as it was and get no .grad; the model runs in eval mode and is put back. Works under
+    autocast and in bf16 (sums are float32), with checkpointing and with layers that are called several times; rows
+    that the loss does not depend on (padding) count nothing. Products with S need layer.weight; an adapted layer counts
+    as the layer it is now, rotated weight and all.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; valid: {', '.join(KINDS)}")
+    if passes < 2:
+        raise ValueError(f"passes={passes}: one pass to find the subspace and one to measure it are the least")
     found = _target_layers(model, targets)
-    generator = torch.Generator().manual_seed(seed)
-    statistics = {}
-    if kind not in ("random", "principal", "minor"):
-        statistics = moments(model, batches, loss_fn, found, side if kind == "activation" else None)
-    supports = {}
-    for name, layer in found.items():
-        r = rank[name] if isinstance(rank, dict) else rank
-        W, M = layer.weight.detach(), statistics.get(name)
-        if side == "output":
-            W, M = W.mT, M.mT if M is not None else None
+    ranks = {n: rank.get(n) if isinstance(rank, dict) else rank for n in found}
+    if odd := [n for n, r in ranks.items() if isinstance(r, int) and r % 2 and kind in ("skew", "rescored")]:
+        warnings.warn(f"an odd rank ({ranks[odd[0]]} in {odd[0]}) holds one direction that is in no plane: take an even one")
+    turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
+    W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
+    for n in found:
         try:
-            supports[name] = (random(W, r, generator) if kind == "random" else
-                              principal(W, r) if kind == "principal" else
-                              minor(W, r) if kind == "minor" else
-                              activation(M, r) if kind == "activation" else
-                              skew(W, M, r, generator) if kind == "skew" else
-                              {"coordinate": coordinate, "gradient": gradient, "paired": paired}[kind](W, M, r))
+            _rank(ranks[n], turn(_matrix(found[n])))
         except ValueError as e:
-            raise ValueError(f"layer {name!r}: {e}") from None
-    return supports
+            raise ValueError(f"layer {n!r}: {e}") from None
+    generator, supports = torch.Generator().manual_seed(seed), Supports()
+    if kind in ("random", "principal", "minor"):
+        choose = {"random": lambda W, r: random(W, r, generator), "principal": principal, "minor": minor}[kind]
+        return Supports({n: choose(W(n), ranks[n]) for n in found})
+    batches = list(batches) if iter(batches) is batches else batches
+    dense = [n for n in found if (max(_matrix(found[n]).shape) <= 1024 if exact is None else exact)]
+    if dense:
+        sums = moments(model, batches, loss_fn, {n: found[n] for n in dense}, side if kind == "activation" else None)
+        for n, M in sums.items():
+            supports[n], supports.sigma[n] = _exact(kind, W(n), turn(M), ranks[n], pool)
+    if thin := {n: m for n, m in found.items() if n not in dense}:
+        def products(pairs):                                                  # on the output side A and B change places
+            pairs = pairs if side == "input" else {n: (B, A) for n, (A, B) in pairs.items()}
+            done = _thin_products(model, batches, loss_fn, {n: thin[n] for n in pairs}, pairs, side if kind == "activation" else None)
+            return done if side == "input" else {n: (B, A) for n, (A, B) in done.items()}
+        chosen = _streaming(kind, W, products, {n: ranks[n] for n in thin}, passes, oversample, pool, generator)
+        for n, (P, sigma) in chosen.items():
+            supports[n], supports.sigma[n] = P, sigma
+    missing = [n for n in found if n not in supports]
+    if len(missing) == len(found):
+        raise ValueError("the loss does not depend on any target layer")
+    if missing:
+        warnings.warn(f"no gradient reached {', '.join(missing)}: no support chosen there")
+    order = [n for n in found if n in supports]
+    return Supports({n: supports[n] for n in order}, {n: supports.sigma[n] for n in order})
 
+
+def _exact(kind: str, W: Tensor, M: Tensor, r: int, pool: int) -> tuple[Tensor, Tensor]:
+    """(P, σ of its planes) from the dense gradient M = G, or the dense second moment for `activation`."""
+    if kind == "skew":
+        P, sigma = planes((W.mT @ M - M.mT @ W) / 2, r)
+        return P, sigma[:r // 2]
+    if kind == "rescored":
+        P = rescored(W, M, r, pool)
+        return P, planes(P.mT @ _skew_times(W, W @ P, M @ P, M), r)[1]
+    return activation(M, r) if kind == "activation" else {"coordinate": coordinate, "gradient": gradient,
+                                                          "paired": paired}[kind](W, M, r), torch.empty(0)
+
+
+def _streaming(kind: str, W, products, ranks: dict[str, int], passes: int, oversample: int, pool: int,
+               generator) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (P, σ)} by passes of thin products, for all layers at once."""
+    none = torch.empty(0)
+    if kind == "skew":
+        return _iterate(W, products, ranks, passes, oversample, generator)
+    if kind == "rescored":                                                    # the subspace is known: one pass measures it
+        V = {n: _right_singular(M, min(pool * ranks[n], M.shape[1])) for n in ranks for M in [W(n)]}
+        done = products({n: (V[n], W(n) @ V[n]) for n in V})
+        best = {n: planes(V[n].mT @ (W(n).mT @ GV - GtWV) / 2, ranks[n]) for n, (GV, GtWV) in done.items()}
+        return {n: (V[n] @ P, sigma[:ranks[n] // 2]) for n, (P, sigma) in best.items()}
+    A, B = ({n: _start(W(n), side, min(ranks[n] + oversample, *W(n).shape), generator) for n in ranks} for side in (1, 0))
+    if kind == "coordinate":                                                  # row norms of S Q, Q spanning S's strongest planes
+        for i in range(passes):
+            done = products({n: (A[n], W(n) @ A[n]) for n in A})
+            SQ = {n: (W(n).mT @ GA - GtB) / 2 for n, (GA, GtB) in done.items()}
+            A = {n: _orthonormal(X) for n, X in SQ.items()}
+        eye = lambda n: torch.eye(W(n).shape[1], dtype=W(n).dtype, device=W(n).device)
+        return {n: (eye(n)[:, X.norm(dim=1).topk(ranks[n]).indices.sort().values], none) for n, X in SQ.items()}
+    for i in range(passes):                                                   # activation: A → C A; else A → GᵀB, B → G A
+        done = products({n: (A[n], B[n]) for n in A})
+        if i < passes - 1:
+            A = {n: _orthonormal(GtB) for n, (_, GtB) in done.items()}
+            B = {n: _orthonormal(GA) for n, (GA, _) in done.items()}
+    chosen = {}
+    for n, (GA, _) in done.items():
+        r = ranks[n]
+        U, _, Zh = torch.linalg.svd(GA, full_matrices=False)                  # G ≈ (G A) Aᵀ = U Σ (A Zhᵀ)ᵀ
+        V = A[n] @ Zh.mT
+        chosen[n] = (_pairs(W(n), U, V, r) if kind == "paired" else _orthonormal(V, r)[:, :r]), none
+    return chosen
+
+
+def _start(W: Tensor, side: int, k: int, generator) -> Tensor:
+    """A random orthonormal (in or out, k) to iterate from, on W's device and in its dtype."""
+    return _orthonormal(torch.randn(W.shape[side], k, generator=generator, dtype=W.dtype)).to(W.device)
+
+
+def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, generator) -> dict:
+    """Subspace iteration on S for all layers at once, then Rayleigh–Ritz on QᵀSQ: {layer: (P (in, r), σ (r/2))}.
+
+    S Q = ½ (W0ᵀ(G Q) − Gᵀ(W0 Q)): a pass each. In memory a layer has Q, W0Q, their two products and S Q.
+    """
+    Q = {n: _start(W(n), 1, min(r + oversample, W(n).shape[1]), generator) for n, r in ranks.items()}
+    for i in range(passes):
+        done = products({n: (Q[n], W(n) @ Q[n]) for n in Q})
+        SQ = {n: (W(n).mT @ GQ).sub_(GtWQ).div_(2) for n in list(done) for GQ, GtWQ in [done.pop(n)]}
+        if i < passes - 1:
+            Q = {n: _orthonormal(X) for n, X in SQ.items()}
+    chosen, rough = {}, []
+    for n, X in SQ.items():
+        V, sigma = planes(Q[n].mT @ X, ranks[n])
+        P, SP = Q[n] @ V, X @ V
+        rest = (SP - P @ (P.mT @ SP)).norm() / SP.norm().clamp(min=torch.finfo(SP.dtype).tiny)
+        rough += [n] * bool(ranks[n] % 2 == 0 and rest > 0.1)                 # of span(P) from invariance: 0.1 is about 99 % of the score
+        chosen[n] = P, sigma[:ranks[n] // 2]
+    if rough:
+        warnings.warn(f"the planes found in {', '.join(rough[:5])} have not settled (the spectrum of S falls slowly there): "
+                      f"raise passes={passes} or oversample={oversample}, or take exact=True")
+    return chosen
+
+
+def scores(model: nn.Module, batches, loss_fn, supports: dict[str, Tensor], *, side: str = "input") -> dict[str, float]:
+    """{layer: ‖PᵀSP‖_F} of given supports, in one pass of thin products: PᵀSP = ½ ((W0P)ᵀ(GP) − (GP)ᵀ(W0P))."""
+    found, result = {n: model.get_submodule(n) for n in supports}, {}
+    P = {n: _wide(X) for n, X in supports.items()}
+    empty = lambda n, i: P[n].new_zeros(_matrix(found[n]).shape[i], 0)
+    pairs = {n: (P[n], empty(n, 0)) if side == "input" else (empty(n, 1), P[n]) for n in P}
+    for n, (GA, GtB) in _thin_products(model, batches, loss_fn, found, pairs).items():
+        W = _wide(_matrix(found[n]))
+        WP = (W if side == "input" else W.mT) @ P[n]
+        M = WP.mT @ (GA if side == "input" else GtB)
+        result[n] = ((M - M.mT) / 2).norm().item()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ranks under a budget, several tasks
+# ---------------------------------------------------------------------------------------------------------
+
+def spend(sigma: dict[str, Tensor], budget: int) -> dict[str, int]:
+    """Even ranks r that collect the most Σ 2σ_j² for Σ r(r−1)/2 ≤ budget parameters; layers that get none are left out.
+
+    The next plane of a layer adds 2σ² and costs 2r + 1: taken in the order of gain per parameter, which is the best
+    possible up to the last plane, for gains fall and costs rise.
+    """
+    ranks, spent = dict.fromkeys(sigma, 0), 0
+    queue = [(-float(s[0]) ** 2, n) for n, s in sigma.items() if len(s)]      # the first plane costs 1
+    heapq.heapify(queue)
+    while queue:
+        _, n = heapq.heappop(queue)
+        if spent + 2 * ranks[n] + 1 > budget:
+            continue                                                          # too dear; a cheaper layer may still fit
+        spent, ranks[n] = spent + 2 * ranks[n] + 1, ranks[n] + 2
+        if ranks[n] // 2 < len(sigma[n]):
+            heapq.heappush(queue, (-float(sigma[n][ranks[n] // 2]) ** 2 / (2 * ranks[n] + 1), n))
+    if not any(ranks.values()):
+        raise ValueError(f"budget={budget} buys no plane (the first costs 1 parameter), or no σ is known: choose with kind='skew'")
+    return {n: r for n, r in ranks.items() if r}
+
+
+def trim(supports: Supports, ranks: dict[str, int]) -> Supports:
+    """The leading columns of each support: planes come strongest first, so a smaller rank needs no new selection."""
+    return Supports({n: supports[n][:, :r] for n, r in ranks.items()}, {n: supports.sigma[n][:r // 2] for n, r in ranks.items()})
+
+
+def within(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max_rank: int = 64, **options) -> Supports:
+    """Supports of kind "skew" whose ranks spend `budget` parameters of dense transforms where the planes are strongest: one
+    selection at max_rank, `spend`, `trim`. `options` go to `select`.
+    """
+    found, side = _target_layers(model, targets), 0 if options.get("side") == "output" else 1
+    rank = {n: min(max_rank, _matrix(m).shape[side]) // 2 * 2 for n, m in found.items()}
+    wide = select(model, batches, loss_fn, rank, "skew", found, **options)
+    return trim(wide, spend(wide.sigma, budget))
+
+
+def allocate(model: nn.Module, batches, loss_fn, budget: int, targets=None, **options) -> dict[str, int]:
+    """{layer: even rank} of `within`, for another transform or kind of support; layers that get nothing are left out."""
+    return {n: P.shape[1] for n, P in within(model, batches, loss_fn, budget, targets, **options).items()}
+
+
+def union(tasks: list[Supports], rank: int) -> Supports:
+    """One support for several tasks: the leading `rank` singular directions of all their planes, each weighted by its σ
+    (relative to its task's largest).
+
+    Opposing gradients of two tasks ask for the same planes here, and for none in a `select` on the sum of their losses.
+    """
+    joined = Supports()
+    for n in tasks[0]:
+        weighted = [t[n] * (t.sigma[n] / t.sigma[n][0]).repeat_interleave(2) for t in tasks]      # (in, 2·planes)
+        U, s, _ = torch.linalg.svd(torch.cat(weighted, 1), full_matrices=False)
+        r = min(rank, int((s > 1e-4 * s[0]).sum()))
+        joined[n], joined.sigma[n] = U[:, :r].contiguous(), s[:r:2]
+    return joined
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One pass over the batches
+# ---------------------------------------------------------------------------------------------------------
 
 def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], second: str | None = None) -> dict[str, Tensor]:
-    """Sums over `batches`, layer by layer, in float32 or wider: the gradient G = Σ δᵀx (out, in) of the loss, from the
-    layer's input rows x and output gradients δ; or, with second="input" or "output", the second moment Σ xᵀx of x or y.
+    """Dense sums over `batches`: the gradient G = Σ δᵀx (out, in) of every layer; or, with second="input" or "output",
+    the second moment Σ xᵀx of its inputs x, or of its outputs.
     """
-    sums: dict[str, Tensor] = {}
+    sums = {}
 
+    def add(name, x, delta, y):
+        a, b = (delta, x) if second is None else _counted(x if second == "input" else y, delta)
+        sums[name] = sums[name].addmm_(a.mT, b) if name in sums else a.mT @ b
+    _sweep(model, batches, loss_fn, layers, add)
+    return _reduce(sums, layers, lambda m: (_matrix(m).shape if second is None else [_matrix(m).shape[second == "input"]] * 2))
+
+
+def _thin_products(model, batches, loss_fn, layers, pairs, second: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (G A (out, k), GᵀB (in, k))} for pairs (A (in, k), B (out, k)); with `second`, C A in both places, C = Σ xᵀx."""
+    left, right = {}, {}
+
+    def add(name, x, delta, y):
+        A, B = pairs[name]
+        if second is None:
+            a, b = delta.mT @ (x @ A), x.mT @ (delta @ B)
+        else:
+            rows, X = _counted(x if second == "input" else y, delta)[0], A if second == "input" else B
+            a = b = rows.mT @ (rows @ X)
+        left[name], right[name] = (left[name] + a, right[name] + b) if name in left else (a, b)
+    _sweep(model, batches, loss_fn, layers, add)
+    shape = lambda i, j: lambda n: (_matrix(layers[n]).shape[i], pairs[n][j].shape[1])
+    if second is None:
+        shapes = shape(0, 0), shape(1, 1)
+    else:
+        shapes = [shape(1, 0) if second == "input" else shape(0, 1)] * 2
+    left, right = (_reduce(part, {n: n for n in layers}, s, pairs) for part, s in zip((left, right), shapes))
+    return {n: (left[n], right[n]) for n in left}
+
+
+def _counted(rows: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that the loss depends on, twice: a row with δ = 0 is padding."""
+    rows = rows[delta.any(dim=1)]
+    return rows, rows
+
+
+def _reduce(sums: dict[str, Tensor], layers: dict, shape, like=None) -> dict[str, Tensor]:
+    """Sums over the ranks of torch.distributed, if it runs; a layer that only another rank reached counts as zero here."""
+    for n, X in sums.items():
+        if not X.isfinite().all():
+            raise ValueError(f"layer {n!r}: its gradient (or input) is not finite")
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sums
+    for n, layer in layers.items():
+        if n not in sums:
+            t = like[n][0] if like else layer.weight
+            sums[n] = torch.zeros(*shape(layer), dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
+        torch.distributed.all_reduce(sums[n])
+    return {n: X for n, X in sums.items() if X.any()}
+
+
+def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add) -> None:
+    """Runs loss and backward on every batch, calling add(name, x, δ, y) with each layer's rows, float32 or wider.
+
+    Parameters are frozen and the model is in eval mode meanwhile.
+    """
     def hook(name):
-        def add(a, b):
-            a, b = _rows(a), _rows(b)
-            sums[name] = sums[name] + a.mT @ b if name in sums else a.mT @ b
-
         def forward(module, args, y):
+            if not torch.is_grad_enabled():
+                return y                                                      # a checkpointed block: its recomputation comes
             x = args[0].detach()
-            if second:
-                rows = x if second == "input" else y.detach()
-                add(rows, rows)
-            elif torch.is_grad_enabled():
-                # frozen weights below this layer: the graph has to begin here (cloned, so later in-place steps may act)
-                y = y if y.requires_grad else y.detach().requires_grad_().clone()
-                y.register_hook(lambda delta: add(delta, x))
+            # frozen weights below this layer: the graph has to begin here (cloned, so later in-place steps may act)
+            y = y if y.requires_grad else y.detach().requires_grad_().clone()
+            rows = y.detach()
+
+            def backward(delta):
+                with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
+                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), _rows(rows, module, "output"))
+            y.register_hook(backward)
             return y
         return forward
 
     flags, modes = [(p, p.requires_grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    count, total = 0, len(batches) if hasattr(batches, "__len__") else "?"
     try:
         model.requires_grad_(False).eval()
-        count = 0
         for count, batch in enumerate(batches, 1):
-            with torch.set_grad_enabled(second is None):
+            with torch.enable_grad():
                 loss = loss_fn(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(f"loss_fn returned {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__},"
-                                 " expected a scalar tensor")
-            if not loss.isfinite():
-                raise ValueError(f"the loss of calibration batch {count} is {loss.item()}")
-            if second is None:
+                if not isinstance(loss, Tensor) or loss.numel() != 1:
+                    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                    raise ValueError(f"loss_fn returned {got}, expected a scalar tensor")
+                if not loss.isfinite():
+                    raise ValueError(f"the loss of calibration batch {count} is {loss.item()}")
                 if not loss.requires_grad:
                     raise ValueError("the loss does not depend on any target layer")
                 loss.backward()
+            if sys.stderr.isatty():
+                print(f"\r\x1b[Kchoosing supports: batch {count}/{total}", end="", file=sys.stderr, flush=True)
         if not count:
             raise ValueError("batches is empty: nothing to choose a support from")
     finally:
+        if count and sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         for handle in handles:
             handle.remove()
         for p, flag in flags:
             p.requires_grad_(flag)
         for m, mode in modes:
             m.training = mode
-    if missing := [n for n in layers if n not in sums]:
-        raise ValueError(f"no gradient reached {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}: "
-                         "leave these layers out of targets")
-    return sums
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -234,8 +482,29 @@ def _wide(X: Tensor) -> Tensor:
     return X.detach().to(torch.promote_types(X.dtype, torch.float32))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return _wide(x).flatten(0, -2) if x.ndim > 1 else _wide(x)[None]
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height, width).
+
+    A layer without a floating weight (quantised) is asked what it does to the identity.
+    """
+    W = getattr(module, "weight", None)
+    if isinstance(W, Tensor) and W.is_floating_point():
+        return W.mT if hasattr(module, "nf") else W.flatten(1)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    with torch.no_grad():
+        return (module(torch.eye(module.in_features, device=device)) - module(torch.zeros(1, module.in_features, device=device))).mT
+
+
+def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
+    """Inputs or outputs of `module` as rows (n, features), float32 or wider; of a convolution, a row a position (its patch)."""
+    conv, x = getattr(module, "base", module), _wide(x)
+    if isinstance(conv, nn.Conv2d) and side == "output":
+        x = x.flatten(2).mT
+    elif isinstance(conv, nn.Conv2d):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        x = nn.functional.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride).mT
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
 def _unit(X: Tensor) -> Tensor:
@@ -246,6 +515,12 @@ def _rank(r: int, W: Tensor) -> int:
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= W.shape[1]:
         raise ValueError(f"rank {r!r} must be an int between 1 and the dimension, {W.shape[1]}")
     return r
+
+
+def _pairs(W: Tensor, U: Tensor, V: Tensor, r: int) -> Tensor:
+    """Basis of [v_1, W0ᵀu_1, v_2, …] (in, r) from left and right singular vectors in columns."""
+    k = (r + 1) // 2
+    return _orthonormal(torch.stack([V[:, :k], _unit(W.mT @ U[:, :k])], -1).flatten(-2)[:, :r], r)
 
 
 def _orthonormal(X: Tensor, r: int | None = None) -> Tensor:
@@ -260,16 +535,18 @@ def _right_singular(M: Tensor, r: int) -> Tensor:
     return torch.linalg.svd(_wide(M), full_matrices=_rank(r, M) > min(M.shape))[2][:r].mT.contiguous()
 
 
-def _skew_times(W: Tensor, G: Tensor, X: Tensor) -> Tensor:
-    """S X = ½ (W0ᵀ(G X) − Gᵀ(W0 X)), X (in, k): thin products only."""
-    return (W.mT @ (G @ X) - G.mT @ (W @ X)) / 2
+def _skew_times(W: Tensor, WX: Tensor, GX: Tensor, G: Tensor) -> Tensor:
+    """S X = ½ (W0ᵀ(G X) − Gᵀ(W0 X)), (in, k), from thin products."""
+    return (_wide(W).mT @ GX - _wide(G).mT @ WX) / 2
 
 
 def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     """The layers that `loft.target_layers` names: its twin, so that this file needs no other."""
     if isinstance(targets, dict):
         return targets
-    linear = {n: m for n, m in model.named_modules() if n and hasattr(m, "in_features") and hasattr(m, "out_features")}
+    linear = {n: m for n, m in model.named_modules() if n and (hasattr(m, "in_features") or hasattr(m, "nf") or
+                                                               isinstance(m, nn.Conv2d) and targets is not None)}
+    linear = {n: m for n, m in linear.items() if n.removesuffix(".base") not in linear or not n.endswith(".base")}
     if targets is None:
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         output = getattr(model, "get_output_embeddings", lambda: None)()
