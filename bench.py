@@ -19,13 +19,13 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import importlib.util
 import json
 import os
 import platform
 import shutil
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -318,10 +318,10 @@ def once_table(d: int, depth: int, args) -> list[dict]:
     rows = []
 
     def row(what: str, function):
-        start = time.perf_counter()
+        start = timer()
         result = function()
         rows.append(dict(impl="loft", method="loft", backend=what, d=d, n=128, r=32, dtype="float32", device=args.device, layers=depth,
-                         step_ms=(time.perf_counter() - start) * 1e3, ratio_to_frozen=None, saved_mib=None, peak_mib=None, trainable=None))
+                         step_ms=(timer() - start) * 1e3, ratio_to_frozen=None, saved_mib=None, peak_mib=None, trainable=None))
         print(f"{what:28}{rows[-1]['step_ms']:10.1f} ms")
         return result
 
@@ -352,10 +352,7 @@ def sweep(args) -> list[dict]:
 
 def plot(rows: list[dict], path: str) -> None:
     """Ratio to the frozen layer against d, n and r, with the ratio that counting products predicts."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     rows = [r for r in rows if r["method"] in ("loft", "psoft") and "layers" not in r and (r["impl"], r["backend"]) != ("loft", "eager")]
@@ -387,7 +384,9 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
-    args.dtype, args.seconds = getattr(torch, args.dtype), 1.5 if args.quick else 8.0
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    args.dtype, args.seconds = getattr(torch, args.dtype), 1.5 if args.quick else 10.0
     torch.set_num_threads(args.threads)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {args.device} ({card}), "
@@ -395,18 +394,18 @@ def main(argv=None) -> list[dict]:
     compile = not args.quick and (args.device != "cpu" or shutil.which("g++") is not None)
     if not compile and not args.quick:
         print("no C++ compiler: the rows fused+compile are left out")
-    compiled, started = ("loft", "oft", "hra") if compile else (), time.perf_counter()
+    compiled, started = ("loft", "oft", "hra") if compile else (), timer()
     if args.quick:
         rows = layer_table(1024, 128, args.seconds, args) + transformer_table(256, 128, 12, args.seconds, args, False)
         rows += once_table(128, 2, args)
     else:
-        rows = layer_table(1024, 1024, args.seconds, args, compiled=compiled)
+        rows = layer_table(1024, 1024, 2 * args.seconds, args, compiled=compiled)
         rows += layer_table(1024, 128, args.seconds, args)
         rows += layer_table(4096, 256, args.seconds, args, methods=("loft", "psoft", "oftv2", "hra", "lora"), skip=("full",))
         rows += sweep(args)
         rows += transformer_table(512, 128, 12, args.seconds, args, False)
         rows += once_table(256, 4, args)
-    print(f"\n{time.perf_counter() - started:.0f} s")
+    print(f"\n{timer() - started:.0f} s")
     if args.json:
         Path(args.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
     if args.plot:

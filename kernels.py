@@ -73,7 +73,7 @@ def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | Non
         x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
     u, whole = x if b is None else x - b, x.dtype in (torch.float32, torch.float64)
     blocks = u.unflatten(-1, (-1, c)).transpose(0, 1)                         # (k, n, c), a view
-    y = torch.bmm(blocks, D.mT + _eye(D) if whole else D.mT).transpose(0, 1).flatten(1)
+    y = torch.bmm(blocks, (D + _eye(D) if whole else D).mT).transpose(0, 1).flatten(1)
     y = y if whole else u + y                                                 # in half precision I + D would lose D's digits
     if top is not None:
         y[:, ::c] += y[:, ::c].clone() @ top.mT

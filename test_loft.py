@@ -1727,6 +1727,36 @@ def test_autograd_of_the_fused_layer_keeps_z_and_nothing_else():
             assert 4 * n * r <= kept <= 4 * 1.1 * n * r + 8 * 10 * r * r
 
 
+@pytest.mark.parametrize("side", loft.SIDES)
+def test_fused_adapters_on_adapters_after_refresh_and_on_other_layers(side):
+    """What else loft.py does with a layer: a second adapter, rotations before a refresh, a convolution, a frozen base with hooks."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 16), nn.Flatten(), nn.Linear(16, 16))
+    stir(loft.adapt(eager, ["0", "1", "2"], rank=4, support="random", side=side))
+    loft.refresh(eager, {n: orthonormal(layer.rotation.d, 4, torch.float32) for n, layer in loft.layers(eager)})
+    stir(eager)
+    stir(loft.adapt(eager, ["0", "2"], rank=4, support="random", side=side, name="second"))
+    fused, x = kernels.fuse(copy.deepcopy(eager)), torch.randn(5, 16)
+    for _ in range(2):
+        assert_same(results(fused, x), results(eager, x), 1e-5)
+    seen = []
+    fused[1].base.register_forward_hook(lambda *_: seen.append(1))            # a listener on the frozen layer is not passed by
+    assert_same(results(fused, x), results(eager, x), 1e-5)
+    assert seen
+    for model in (eager, fused):
+        loft.use(model, "second")
+    assert_same([fused(x)], [eager(x)], 1e-5)
+    for model in (eager, fused):
+        loft.use(model, "default", "second")
+    y = fused(x)
+    loft.merge(fused, "default")                                              # the other adapter stays, and stays fused
+    assert [m.fused is not None for _, m in loft.layers(fused)] == [True, True]
+    torch.testing.assert_close(fused(x), y, atol=1e-5, rtol=1e-5)
+    loft.merge(fused)
+    assert not fused._forward_hooks
+    torch.testing.assert_close(fused(x), y, atol=1e-5, rtol=1e-5)
+
+
 def test_sisters_share_one_projection(monkeypatch):
     """q, k, v of one support: the same results, one z; another input is projected again; copies share among themselves."""
     class Attention(nn.Module):
