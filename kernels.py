@@ -470,7 +470,8 @@ def share(model: nn.Module, groups) -> nn.Module:
     Args:
         groups: lists of names that sister layers have in their parent module. They need one support: adapt with one
             tensor for all of them, say that of the stacked weights, principal(torch.cat([Wq, Wk, Wv]), r).
-    An input that is another tensor (cross-attention's) is projected again. Under torch.compile it changes nothing.
+    An input that is another tensor (cross-attention's) is projected again. Under torch.compile it changes nothing, and
+    `fuse` undoes it.
     Raises ValueError: no module has such fused layers, or their supports differ.
     """
     fused = {m for m in _adapted(model) if m.fused is not None}

@@ -821,7 +821,7 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
         for p in swap if optimizer else ():
             optimizer.state.pop(p, None)
         layer.rotation, layer.past = rotation, past
-    return model
+    return importlib.import_module(__name__ + ".kernels").fuse(model) if any(m.fused is not None for m in found.values()) else model
 
 
 def _product(*rotations: Rotation) -> Rotation:

@@ -1748,6 +1748,14 @@ def test_fused_adapters_on_adapters_after_refresh_and_on_other_layers(side):
     assert_same([fused(x)], [eager(x)], 1e-5)
     for model in (eager, fused):
         loft.use(model, "default", "second")
+    P = {n: orthonormal(layer.rotation.d, 6, torch.float32) for n, layer in loft.layers(eager, "second")}
+    for model in (eager, fused):                                              # another rank: fused again
+        loft.refresh(model, P, name="second")
+    with torch.no_grad():
+        for a, b in zip(*([p for p in m.parameters() if p.requires_grad] for m in (eager, fused))):
+            b.copy_(a.normal_())
+    assert all(layer.fused is not None for _, layer in loft.layers(fused))
+    assert_same(results(fused, x), results(eager, x), 1e-5)
     y = fused(x)
     loft.merge(fused, "default")                                              # the other adapter stays, and stays fused
     assert [m.fused is not None for _, m in loft.layers(fused)] == [True, True]
