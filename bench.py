@@ -208,7 +208,8 @@ def finish(steps: list[Step]) -> list[dict]:
 def show(title: str, steps: list[Step]) -> list[dict]:
     """Prints the table, then ours against peft's, by the ratio of one repeat."""
     rows = finish(steps)
-    print(f"\n{title}\n{'':31}{'r':>5}{'ms':>10}{'ratio':>8}{'±':>7}{'flops':>7}{'repeats':>9}{'kept MiB':>10}{'peak MiB':>10}{'trainable':>12}")
+    print(f"\n{title}\n{'':31}{'r':>5}{'ms':>10}{'ratio':>8}{'±':>7}{'flops':>7}{'repeats':>9}{'kept MiB':>10}{'peak MiB':>10}"
+          f"{'trainable':>12}")
     number = lambda v, width, form: "–".rjust(width) if v is None else format(v, f"{width}{form}")
     for row in rows:
         note = METHODS[row["method"]][2] if row["impl"] == "peft" else None
@@ -218,10 +219,10 @@ def show(title: str, steps: list[Step]) -> list[dict]:
               + number(row["trainable"], 12, ",d") + (f"   {note}" if note else ""))
     for peer in (s for s in steps if s.row["impl"] == "peft"):
         for s in steps:
-            if s.row["impl"] == "loft" and s.row["backend"] != "eager" and (s.row["method"], s.row["r"]) == (peer.row["method"], peer.row["r"]):
-                times = [p / t for p, t in zip(peer.times, s.times)]
-                print(f"  {s.row['method']}, {s.row['backend']}: {statistics.median(times):.2f} × as fast as peft's"
-                      + (f", keeps {100 * s.row['saved_mib'] / peer.row['saved_mib']:.1f} % of its bytes" if peer.row["saved_mib"] else ""))
+            if s.row["impl"] == "loft" and s.row["backend"] != "eager" and all(s.row[k] == peer.row[k] for k in ("method", "r")):
+                faster, kept = statistics.median(p / t for p, t in zip(peer.times, s.times)), peer.row["saved_mib"]
+                print(f"  {s.row['method']}, r = {s.row['r']}, {s.row['backend']}: {faster:.2f} × as fast as peft's"
+                      + (f", keeps {100 * s.row['saved_mib'] / kept:.1f} % of its bytes" if kept else ""))
     print(flush=True)
     return rows
 
@@ -234,7 +235,8 @@ def layer_table(d: int, n: int, seconds: float, args, methods=tuple(METHODS), ra
     wanted = [("torch", "frozen", "eager", None)]
     for m in methods:
         for r in (ranks or [RANKS.get(m)]):
-            wanted += [("loft", m, backend, r) for backend in (("eager",) if m == "lora" else ("eager", "fused")) if backend not in skip]
+            backends = ("eager",) if m == "lora" else ("eager", "fused")
+            wanted += [("loft", m, backend, r) for backend in backends if backend not in skip]
             wanted += [("loft", m, "fused+compile", r)] if m in compiled else []
             wanted += [("peft", m, "eager", r)] if peft is not None and METHODS[m][1] and (m, d) not in skip else []
     wanted += [] if "full" in skip else [("torch", "full", "eager", None)]
@@ -281,7 +283,7 @@ class Training(Step):
         else:
             targets = names if impl != "peft" else PROJECTIONS
             self.model = dict(loft=ours, peft=theirs, torch=plain)[impl](base, method, backend, r, targets)
-        self.offset = nn.Parameter(torch.zeros(1, 1, d, device=args.device, dtype=args.dtype))   # gradients reach the bottom in every row
+        self.offset = nn.Parameter(torch.zeros(1, 1, d, device=args.device, dtype=args.dtype))   # gradients reach the bottom
         self.x = torch.randn(1, n, d, device=args.device, dtype=args.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam([self.offset, *self.parameters], 1e-4)
@@ -299,7 +301,8 @@ class Training(Step):
 
 def transformer_table(d: int, n: int, depth: int, seconds: float, args, compile: bool) -> list[dict]:
     wanted = [("torch", "frozen", "eager", None)]
-    wanted += [("loft", "loft", backend, 64) for backend in ("eager", "fused", "fused+share", *(["fused+compile"] if compile else []))]
+    wanted += [("loft", "loft", backend, 64) for backend in ("eager", "fused", "fused+share")]
+    wanted += [("loft", "loft", "fused+compile", 64)] if compile else []
     wanted += [("loft", "psoft", "fused", 64), ("loft", "lora", "eager", 16)]
     wanted += [("peft", "psoft", "eager", 64), ("peft", "lora", "eager", 16)] if peft is not None else []
     steps = [Training(impl, m, backend, r, d, n, depth, args) for impl, m, backend, r in wanted]
@@ -320,8 +323,9 @@ def once_table(d: int, depth: int, args) -> list[dict]:
     def row(what: str, function):
         start = timer()
         result = function()
-        rows.append(dict(impl="loft", method="loft", backend=what, d=d, n=128, r=32, dtype="float32", device=args.device, layers=depth,
-                         step_ms=(timer() - start) * 1e3, ratio_to_frozen=None, saved_mib=None, peak_mib=None, trainable=None))
+        rows.append(dict(impl="loft", method="loft", backend=what, d=d, n=128, r=32, layers=depth, dtype="float32",
+                         device=args.device, step_ms=(timer() - start) * 1e3, ratio_to_frozen=None, saved_mib=None,
+                         peak_mib=None, trainable=None))
         print(f"{what:28}{rows[-1]['step_ms']:10.1f} ms")
         return result
 
@@ -355,7 +359,8 @@ def plot(rows: list[dict], path: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    rows = [r for r in rows if r["method"] in ("loft", "psoft") and "layers" not in r and (r["impl"], r["backend"]) != ("loft", "eager")]
+    rows = [r for r in rows if r["method"] in ("loft", "psoft") and "layers" not in r]
+    rows = [r for r in rows if (r["impl"], r["backend"]) != ("loft", "eager")]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
     for axis, key, fixed in zip(axes, "dnr", (dict(r=64), dict(d=1024, r=64), dict(d=1024, n=1024))):
         seen = {}
@@ -364,7 +369,8 @@ def plot(rows: list[dict], path: str) -> None:
                 seen.setdefault((row["impl"], row["method"], row["backend"]), {})[row[key]] = row
         for label, points in seen.items():
             at = sorted(points)
-            axis.errorbar(at, [points[v]["ratio_to_frozen"] for v in at], [points[v]["spread"] for v in at], marker="o", label=" ".join(label))
+            ratio, spread = ([points[v][k] for v in at] for k in ("ratio_to_frozen", "spread"))
+            axis.errorbar(at, ratio, spread, marker="o", label=" ".join(label))
             if label == ("loft", "loft", "fused"):
                 axis.plot(at, [points[v]["flops_ratio"] for v in at], "k:", label="counted products")
         axis.set(xscale="log", xlabel=key, title=", ".join(f"{k} = {v}" for k, v in fixed.items()))

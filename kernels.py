@@ -14,6 +14,21 @@ This file imports torch alone; it knows loft.py's layers by their attributes.
 """
 from __future__ import annotations
 
+if __name__ == "kernels":
+    # Not ours: transformers (or bitsandbytes) looks for PyPI's `kernels` and this file's folder stands first on
+    # sys.path. Hand that package over, or say that there is none; ours is `loft.kernels`.
+    import importlib.machinery
+    import importlib.util
+    import os
+    import sys
+    _here = os.path.dirname(os.path.realpath(__file__))
+    _spec = importlib.machinery.PathFinder.find_spec(
+        "kernels", [p for p in sys.path if os.path.realpath(p or os.getcwd()) != _here])
+    if _spec is None or _spec.loader is None:
+        raise ModuleNotFoundError("No module named 'kernels' (LOFT's is loft.kernels)", name="kernels")
+    sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["kernels"])
+
 from functools import partial
 
 import torch
@@ -247,7 +262,8 @@ class Batch(Function):
         rows = [grads[i:i + width] for i in range(0, len(grads), width)]      # one row of gradients a layer
         stacked = [torch.stack([out.new_zeros(out.shape[1:]) if row[k] is None else row[k] for row in rows])
                    for k, out in enumerate(ctx.outputs)]
-        found = iter(torch.autograd.grad(ctx.outputs, [p for p in ctx.leaves if p.requires_grad], stacked, retain_graph=True))
+        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(ctx.outputs, wanted, stacked, retain_graph=True))
         found = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
         return None, *(None if g is None or all(h is None for h in row) else g[i]
                        for i, row in enumerate(rows) for g in found)
@@ -284,10 +300,10 @@ class Group:
     def make(self, stacks: list[Tensor]) -> tuple[Tensor, ...]:
         """What `apply` needs of every layer, (L, …), in the parameters' dtype (float32 at least)."""
         first, narrow, options = stacks[0], torch.promote_types(stacks[0].dtype, torch.float32), {}
-        wide = torch.float32 if first.device.type == "mps" else torch.float64
-        if not is_compiling() and first.device.type == "cpu" and self.function.keywords.get("map") in ("cayley", "cayley_neumann"):
+        wide, known = torch.float32 if first.device.type == "mps" else torch.float64, self.function.keywords
+        if not is_compiling() and first.device.type == "cpu" and known.get("map") in ("cayley", "cayley_neumann"):
             # ‖Q‖ ≤ b max |g| ≤ 4 costs no digits, so no polish and no wider type; on a GPU, asking would be a sync
-            if first.numel() == 0 or first.detach().abs().amax().item() * self.function.keywords["b"] <= 4:
+            if first.numel() == 0 or known["b"] * first.detach().abs().amax().item() <= 4:
                 wide, options = narrow, dict(polish=False)
         with torch.autocast(first.device.type, enabled=False):
             first, *vectors = (s.to(wide) for s in stacks)
@@ -362,9 +378,10 @@ class Group:
 
 
 def _by_product(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `RotatedLinear` fits: no more work by shape, and a plain frozen layer of that dtype that nobody listens to."""
+    """Whether `RotatedLinear` fits: no more work by shape; a plain frozen layer, of that dtype, that nobody listens to."""
     base, narrow = layer.base, layer.in_features - layer.out_features
-    return (type(base) is nn.Linear and getattr(layer, "past", None) is None and not is_compiling() and (narrow >= 0 if layer.side == "input" else narrow <= 0)
+    return (type(base) is nn.Linear and getattr(layer, "past", None) is None and not is_compiling()
+            and (narrow >= 0 if layer.side == "input" else narrow <= 0)
             and not base.weight.requires_grad and base.weight.dtype == dtype and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks))
 
@@ -454,7 +471,8 @@ class Shared:
         if not (self.left and self.seen[0] is x and self.seen[1:] == now[1:]):
             supports = [layer.rotation.P for layer in self.layers]
             if self.supports is None or not all(map(_same, supports, self.supports)):
-                self.supports, self.agree = [_state(p) for p in supports], all(torch.equal(p, supports[0]) for p in supports)
+                self.agree = all(torch.equal(p, supports[0]) for p in supports)
+                self.supports = [_state(p) for p in supports]
             if not self.agree:
                 return None
             self.seen, self.left, self.z = now, len(self.layers), x.reshape(-1, x.shape[-1]).to(P.dtype) @ P
@@ -479,11 +497,11 @@ def share(model: nn.Module, groups) -> nn.Module:
         sisters = [[m._modules[n] for n in names] for m in model.modules() if all(n in m._modules for n in names)]
         sisters = [each for each in sisters if fused.issuperset(each)]
         if not sisters:
-            raise ValueError(f"no module has fused layers called {', '.join(names)}: call kernels.fuse first, or see the names")
+            raise ValueError(f"no module has fused layers called {', '.join(names)}; names right? kernels.fuse called?")
         for each in sisters:
             P = [m.rotation.P for m in each]
-            if any(m.side != "input" or p is None or p.shape != P[0].shape or not torch.equal(p, P[0]) for m, p in zip(each, P)):
-                raise ValueError(f"{', '.join(names)} have no common support on the input side: adapt them with one tensor")
+            if any(m.side != "input" or p is None or not torch.equal(p, P[0]) for m, p in zip(each, P)):
+                raise ValueError(f"{', '.join(names)} have no common support on the input side; adapt them with one tensor")
             shared = Shared(each)
             for m in each:
                 m.fused_share = shared

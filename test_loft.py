@@ -1474,6 +1474,8 @@ def test_train_answers_unknown_values_with_the_valid_ones(train, arguments, mess
 
 # ------------------------------------------------------------------------------------ 10. kernels.py
 
+import importlib.util  # noqa: E402
+
 from loft import kernels  # noqa: E402
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06}   # of values and gradients, relative to the largest
@@ -1820,6 +1822,19 @@ def test_compile_without_graph_breaks_or_recompilation(variant, backend):
             next(p for p in model.parameters() if p.requires_grad).mul_(1.1)
     assert_same(results(compiled, x), results(eager, x), 1e-5)
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_kernels_the_name(tmp_path):
+    """`import kernels` is PyPI's package of that name, or none; ours is loft.kernels. In a script's own folder, too."""
+    code = ("import sys; sys.path.insert(1, sys.argv[1])\ntry:\n    import kernels; print(kernels.whose, kernels.sub.x)\n"
+            "except ModuleNotFoundError as e: print(e.name)\nfrom loft import kernels; print(kernels.fuse.__module__)")
+    run = lambda *a: subprocess.run([sys.executable, "-c", code, *map(str, a)], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    if importlib.util.find_spec("kernels") is None or Path(importlib.util.find_spec("kernels").origin).parent == HERE:
+        assert run(tmp_path).split() == ["kernels", "loft.kernels"]
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from . import sub\nwhose = 'theirs'")
+    (tmp_path / "kernels" / "sub.py").write_text("x = 1")
+    assert run(tmp_path).split() == ["theirs", "1", "loft.kernels"]
 
 
 # ------------------------------------------------------------------------------------ 11. bench.py
