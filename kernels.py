@@ -139,8 +139,7 @@ def _polish(D: Tensor) -> Tensor:
 def skew_blocks(g: Tensor, b: int, map: str, terms: int, bound: float | None, polish: bool = True) -> Tensor:
     """T − I (…, b, b) of generators g (…, b(b−1)/2): Q = U − Uᵀ, ‖Q‖_F ≤ bound, then the map."""
     i, j = torch.triu_indices(b, b, 1, device=g.device)
-    U = g.new_zeros(*g.shape[:-1], b, b)
-    U[..., i, j] = g
+    U = g.new_zeros(*g.shape[:-1], b * b).index_copy(-1, i * b + j, g).unflatten(-1, (b, b))   # filled row by row
     Q = U - U.mT
     if bound is not None:
         Q = Q * (bound / (torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5).clamp(min=bound))
