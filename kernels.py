@@ -16,7 +16,7 @@ from __future__ import annotations
 
 if __name__ == "kernels":
     # Not ours: transformers (or bitsandbytes) looks for PyPI's `kernels` and this file's folder stands first on
-    # sys.path. Hand that package over, or say that there is none; ours is `loft.kernels`.
+    # sys.path. Hand that package over where it is installed; ours is `loft.kernels`.
     import importlib.machinery
     import importlib.util
     import os
@@ -24,10 +24,9 @@ if __name__ == "kernels":
     _here = os.path.dirname(os.path.realpath(__file__))
     _spec = importlib.machinery.PathFinder.find_spec(
         "kernels", [p for p in sys.path if os.path.realpath(p or os.getcwd()) != _here])
-    if _spec is None or _spec.loader is None:
-        raise ModuleNotFoundError("No module named 'kernels' (LOFT's is loft.kernels)", name="kernels")
-    sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["kernels"])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
 
 from functools import partial
 
