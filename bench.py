@@ -221,7 +221,8 @@ def show(title: str, steps: list[Step]) -> list[dict]:
         for s in steps:
             if s.row["impl"] == "loft" and s.row["backend"] != "eager" and all(s.row[k] == peer.row[k] for k in ("method", "r")):
                 faster, kept = statistics.median(p / t for p, t in zip(peer.times, s.times)), peer.row["saved_mib"]
-                print(f"  {s.row['method']}, r = {s.row['r']}, {s.row['backend']}: {faster:.2f} × as fast as peft's"
+                rank = "" if s.row["r"] is None else f" r = {s.row['r']}"
+                print(f"  {s.row['method']}{rank}, {s.row['backend']}: {faster:.2f} × as fast as peft's"
                       + (f", keeps {100 * s.row['saved_mib'] / kept:.1f} % of its bytes" if kept else ""))
     print(flush=True)
     return rows
