@@ -447,6 +447,8 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
     count, total = 0, len(batches) if hasattr(batches, "__len__") else "?"
     try:
         model.requires_grad_(False).eval()
+        for layer in layers.values():                                          # a quantised layer may repack itself in eval mode
+            layer.train()
         for count, batch in enumerate(batches, 1):
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -492,7 +494,8 @@ def _matrix(module: nn.Module) -> Tensor:
         return W.mT if hasattr(module, "nf") else W.flatten(1)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     with torch.no_grad():
-        return (module(torch.eye(module.in_features, device=device)) - module(torch.zeros(1, module.in_features, device=device))).mT
+        x = torch.eye(module.in_features, device=device, requires_grad=True)   # as in training, for the same reason as in _sweep
+        return (module(x) - module(0 * x[:1])).mT
 
 
 def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:

@@ -90,17 +90,18 @@ def test_R_is_orthogonal_at_large_rank(r, exponent):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("lr", [0.5, 1e3])
-def test_ten_thousand_steps_at_absurd_learning_rates(dtype, lr):
+def test_ten_thousand_steps_at_absurd_learning_rates(dtype):
     """Whatever an optimizer does to the generator, R stays orthogonal: nothing drifts, for nothing is accumulated."""
     torch.manual_seed(0)
-    R = rotation(12, 8, dtype=dtype)
-    optimizer, target = torch.optim.Adam(R.parameters(), lr), torch.randn(12, 12, dtype=dtype)
-    for _ in range(10_000 if dtype == torch.float64 and lr == 0.5 else 1_000):
+    R = rotation(6, 4, dtype=dtype)
+    optimizer, target = torch.optim.Adam(R.parameters(), 0.5), torch.randn(6, 6, dtype=dtype)
+    for step in range(10_000):
+        if step == 5_000:
+            optimizer.param_groups[0]["lr"] = 1e4
         optimizer.zero_grad()
         (R.matrix() - target).square().sum().backward()
         optimizer.step()
-    assert R.orthogonality_error() <= TOLERANCE[dtype]
+    assert R.transform.generator.abs().max() > 100 and R.orthogonality_error() <= TOLERANCE[dtype]
 
 
 @pytest.mark.slow
@@ -848,34 +849,41 @@ class Int8Linear(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("side", loft.SIDES)
-@pytest.mark.parametrize("kind", ["hand made", "torch.ao"])
+@pytest.mark.parametrize("kind", ["hand made", "bitsandbytes", "torch.ao"])
 def test_rotation_of_a_quantised_layer_needs_no_weight(kind, side):
     torch.manual_seed(0)
+    i, o = (64, 64) if kind == "bitsandbytes" else (12, 16)                   # its CPU kernels want whole blocks
     if kind == "hand made":
-        model = nn.Sequential(Int8Linear(nn.Linear(12, 16)), nn.Tanh(), nn.Linear(16, 3))
+        model = nn.Sequential(Int8Linear(nn.Linear(i, o)), nn.Tanh(), nn.Linear(o, 3))
+    elif kind == "bitsandbytes":
+        bnb, linear = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes"), nn.Linear(i, o)
+        layer = bnb.nn.Linear4bit(i, o, compute_dtype=torch.float32)
+        layer.load_state_dict(linear.state_dict())
+        model = nn.Sequential(layer, nn.Tanh(), nn.Linear(o, 3)).to("cpu")   # quantises
     else:
         try:
-            model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)), {"0"})
+            model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(i, o), nn.Tanh(), nn.Linear(o, 3)), {"0"})
         except (RuntimeError, AttributeError) as e:
             pytest.skip(f"no quantised engine: {e}")
-    x, y, d = torch.randn(8, 12), torch.randint(0, 3, (8,)), 12 if side == "input" else 16
+    x, y = torch.randn(8, i), torch.randint(0, 3, (8,))
     before = model(x)
     chosen = selectors.select(model, [(x, y)], cross_entropy, 4, targets=["0"], side=side)   # asks the layer for its weight
-    plain = nn.Sequential(nn.Linear(12, 16), *model[1:])
+    plain = nn.Sequential(nn.Linear(i, o), *model[1:])
     with torch.no_grad():
-        plain[0].weight.copy_((model[0](torch.eye(12)) - model[0](torch.zeros(1, 12))).mT)
-        plain[0].bias.copy_(model[0](torch.zeros(1, 12))[0])
+        plain[0].weight.copy_((model[0](torch.eye(i)) - model[0](torch.zeros(1, i))).mT)
+        plain[0].bias.copy_(model[0](torch.zeros(1, i))[0])
     same = selectors.select(plain, [(x, y)], cross_entropy, 4, targets=["0"], side=side)["0"]
-    torch.testing.assert_close(chosen["0"] @ chosen["0"].mT, same @ same.mT, atol=1e-3 if kind == "hand made" else 0.1, rtol=0)
+    torch.testing.assert_close(chosen["0"] @ chosen["0"].mT, same @ same.mT, atol=0.1 if kind == "torch.ao" else 1e-3, rtol=0)
     loft.adapt(model, support=chosen, side=side)
-    assert torch.equal(model(x), before)
+    # bitsandbytes takes another kernel where a gradient is wanted, so there the bits are its own
+    torch.testing.assert_close(model(x), before, atol=1e-2 if kind == "bitsandbytes" else 0, rtol=0)
     if side == "input" and kind == "torch.ao":                                # its forward has no derivative for the input
         assert not torch.equal(stir(model)(x), before)
     else:
         model(x).square().sum().backward()
         assert model[0].rotation.transform.generator.grad.abs().sum() > 0
         stir(model)
-    with pytest.raises(ValueError, match="layer '0': a .*Linear has no floating weight to merge into; keep it adapted"):
+    with pytest.raises(ValueError, match="layer '0': a .*Linear.* has no floating weight to merge into; keep it adapted"):
         loft.merge(model)
     with pytest.raises(ValueError, match="layer '0': a .*Linear has no floating weight for support='principal'; give a tensor"):
         loft.adapt(nn.Sequential(Int8Linear(nn.Linear(4, 4)), nn.Linear(4, 4)), ["0"], rank=2)
