@@ -424,6 +424,7 @@ class LOFTLinear(nn.Module):
         self.base, self.rotation, self.side, self.method, self.name, self.enabled = base, rotation, side, method, name, True
         self.magnitude = nn.Parameter(torch.ones(self.out_features, dtype=rotation.dtype, device=rotation.device)) if magnitude else None
         self.past: Rotation | None = None
+        self.fused = None                                                     # set by kernels.fuse: the fast path
 
     bias = property(lambda self: self.base.bias)
     nf = property(lambda self: self.base.nf)                                  # marks transformers' Conv1D, a transposed weight
@@ -462,6 +463,8 @@ class LOFTLinear(nn.Module):
         """The rotated layer's output and its bias b."""
         b = getattr(self.base, "bias", None)
         b = b() if callable(b) else b                                         # a method in torch.ao's quantised layers
+        if self.fused is not None:
+            return self.fused(self, x), b                                     # the same, by kernels.py
         if self.side == "input":
             x = self.rotation(x)
             return self.base(x if self.past is None else self.past(x)), b     # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
@@ -530,7 +533,7 @@ Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
           support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
           magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: Targets = (), seed: int = 0,
-          name: str = "default", **options) -> nn.Module:
+          name: str = "default", backend: str = "eager", **options) -> nn.Module:
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
     Args:
@@ -550,6 +553,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         trainable: further parameters that stay trainable, by name: a regex or a list, as in `targets`.
         seed: of random supports and of initial reflections.
         name: of this adapter. A second one, of another name, is put on top of the first (W0 R_1 R_2), which is frozen.
+        backend: "eager", or "fused" for the fast twins in kernels.py (see `kernels.fuse`).
     Returns:
         the model itself (of a bare linear layer: its wrapper).
     Raises:
@@ -559,6 +563,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
         raise ValueError(_unknown("method", method, METHODS))
     if side not in SIDES:
         raise ValueError(_unknown("side", side, SIDES))
+    if backend not in ("eager", "fused"):
+        raise ValueError(_unknown("backend", backend, ("eager", "fused")))
+    kernels = importlib.import_module(__name__ + ".kernels") if backend == "fused" else None
     if adapted := [n for n, _ in layers(model, name)]:
         raise ValueError(f"the model already has an adapter {name!r} (on {adapted[0]} and {len(adapted) - 1} more layers); "
                          "merge it first, or give this one another name")
@@ -601,7 +608,8 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
 
     for n, p in model.named_parameters():                                     # from here on nothing can fail
         p.requires_grad_(n in keep)
-    return _replace(model, wrapped)
+    model = _replace(model, wrapped)
+    return model if kernels is None else kernels.fuse(model)
 
 
 def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Module]:
@@ -686,11 +694,13 @@ def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None =
             raise ValueError(f"layer {n!r}: adapter {layer.name!r} is switched off; switch it on first (loft.use)")
         if not all(t.isfinite().all() for t in layer.adapter_state().values()):
             raise ValueError(f"layer {n!r}: its rotation is not finite")
+    if was_fused := any(layer.fused is not None for _, layer in found):
+        importlib.import_module(__name__ + ".kernels").unfuse(model)          # takes its hooks off the model
     for _, layer in found:                                                    # one by one: at any moment the model computes the same
         weight = layer.exact_weight().to(dtype or layer.base.weight.dtype)
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
         model = _replace(model, {layer: layer.base})
-    return model
+    return importlib.import_module(__name__ + ".kernels").fuse(model) if was_fused and layers(model) else model
 
 
 def _mergeable(layer: nn.Module) -> bool:
@@ -865,7 +875,7 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
         for p in swap if optimizer else ():
             optimizer.state.pop(p, None)
         layer.rotation, layer.past = rotation, past
-    return model
+    return importlib.import_module(__name__ + ".kernels").fuse(model) if any(m.fused is not None for m in found.values()) else model
 
 
 def _product(*rotations: Rotation) -> Rotation:

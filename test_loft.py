@@ -1611,3 +1611,383 @@ def test_train_answers_unknown_values_with_the_valid_ones(train, arguments, mess
     with pytest.raises(SystemExit):
         train.main(arguments)
     assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ 10. kernels.py
+
+from loft import kernels  # noqa: E402
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06}   # of values and gradients, relative to the largest
+
+
+def results(model, x):
+    """Outputs, then gradients of the input and of all that trains. (Not of ‖y‖²: a rotation on the output side keeps it.)"""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [x, *(p for p in model.parameters() if p.requires_grad)], g)]
+
+
+def assert_same(ours, theirs, tolerance):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * b.abs().max() + 1e-30, ((a - b).abs().max(), b.abs().max())
+
+
+def pair(variant, side="input", dtype=torch.float32, out=24, d=16, bias=True, scale=0.4):
+    """A model with two adapted layers of one shape and one of another, eager, and its fused copy."""
+    arguments = dict(VARIANTS[variant], side="input" if variant == "lora" else side)
+    if arguments.get("method") in ("goft", "hra"):
+        out, d = out + 5, d + 3
+    eager = nn.Sequential(nn.Linear(d, out, bias=bias), nn.Linear(out, d), nn.Linear(d, out, bias=bias)).to(dtype)
+    stir(loft.adapt(eager, ["0", "1", "2"], **arguments), scale)
+    return eager, kernels.fuse(copy.deepcopy(eager)), torch.randn(2, 3, d).to(dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=12)
+@given(out=st.integers(1, 9), d=st.integers(1, 9), n=st.sampled_from([1, 5, 300]), side=sides, bias=st.booleans(),
+       dtype=st.sampled_from(list(ROUNDING)), scale=st.sampled_from([0.0, 1e-3, 0.4, 3.0]), seed=seeds)
+def test_fused_equals_eager(variant, out, d, n, side, bias, dtype, scale, seed):
+    """Values, gradients of inputs and of parameters; wide and narrow layers; shape of the input kept; no base gradients."""
+    torch.manual_seed(seed)
+    eager, fused, _ = pair(variant, side, dtype, 8 * out, 8 * d, bias, scale)
+    x = torch.randn(2, n, fused[0].in_features).to(dtype)
+    assert_same(results(fused, x), results(eager, x), ROUNDING[dtype])
+    if scale == 0:
+        fresh = kernels.fuse(loft.adapt(loft.merge(copy.deepcopy(eager)), ["0"], method="loft", rank=4))
+        assert torch.equal(fresh[0](x), fresh[0].base(x))                     # T = I changes no bit
+
+
+@pytest.mark.parametrize("method", list(loft.METHODS))
+def test_fused_backend_by_name_changes_no_bit_at_the_start_and_merges(method):
+    torch.manual_seed(0)
+    model, (x, _) = network(), data()
+    before = model(x)
+    loft.adapt(model, method=method, backend="fused")
+    assert torch.equal(model(x), before)
+    stir(model)
+    adapted = model(x)
+    with loft.disabled(model):
+        assert torch.equal(model(x), before)
+    loft.merge(model)
+    assert not model._forward_hooks and not model._forward_pre_hooks and type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), adapted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="unknown backend 'fussed'; did you mean 'fused'"):
+        loft.adapt(network(), backend="fussed")
+    with pytest.raises(ValueError, match="not adapted"):
+        kernels.fuse(network())
+
+
+@given(exponent=st.integers(-12, 8), map=st.sampled_from(["cayley", "expm"]), b=st.integers(2, 12), seed=seeds)
+def test_the_batched_maps_are_orthogonal_for_tiny_and_huge_generators(exponent, map, b, seed):
+    """max |TᵀT − I| ≤ 1e-12 in float64; a tiny generator keeps its relative precision: T − I = 2Q (or Q) to first order."""
+    torch.manual_seed(seed)
+    g = torch.randn(3, b * (b - 1) // 2, dtype=torch.float64) * 10.0 ** exponent
+    D = kernels.skew_blocks(g, b, map, 0, None)
+    assert (D + D.mT + D.mT @ D).abs().max() <= 1e-12
+    if exponent <= -6:
+        i, j = torch.triu_indices(b, b, 1)
+        torch.testing.assert_close(D[..., i, j], g * (2 if map == "cayley" else 1), rtol=0, atol=10.0 ** exponent * 1e-4)
+
+
+@given(exponent=st.integers(-12, 8), r=st.integers(2, 40), transform=st.sampled_from(["cayley", "block", "butterfly"]), seed=seeds)
+def test_fused_T_is_orthogonal_in_float32(exponent, r, transform, seed):
+    """Also where a small generator is solved in float32 without the polish."""
+    torch.manual_seed(seed)
+    r += -r % 8 if transform == "butterfly" else 0
+    options = dict(block_size=2, stages=3) if transform == "butterfly" else {}
+    model = loft.adapt(nn.Sequential(nn.Linear(48, 48)), "0", support="random", rank=r, transform=transform, backend="fused", **options)
+    stir(model, 10.0 ** exponent)
+    D = model[0].fused.get(model[0])[0].double()
+    assert (D + D.mT + D.mT @ D).abs().max() <= 1e-5
+
+
+def test_the_cayley_backward_is_the_derivative():
+    torch.manual_seed(0)
+    generator = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda g: kernels.skew_blocks(g, 4, "cayley", 0, None), generator)
+    torch.autograd.gradcheck(lambda g: kernels.skew_blocks(g, 4, "cayley", 0, 0.5), generator)
+
+
+def counting(monkeypatch):
+    """How often T was built, in a list of one."""
+    builds, build = [0], kernels.Group.build
+    monkeypatch.setattr(kernels.Group, "build", lambda self: builds.__setitem__(0, builds[0] + 1) or build(self))
+    return builds
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda p: torch.optim.Adam(p, 0.05, foreach=True), lambda p: torch.optim.Adam(p, 0.05, foreach=False),
+    lambda p: torch.optim.AdamW(p, 0.05, fused=True), lambda p: torch.optim.SGD(p, 0.05)])
+@pytest.mark.parametrize("order", ["zero, forward", "forward, zero", "zero in place"])
+def test_T_is_built_once_a_step_and_never_stale(optimizer, order, monkeypatch):
+    """Three micro-batches a step walk back through one T. Optimizers that leave no version behind are seen as well."""
+    torch.manual_seed(0)
+    models = pair("loft", out=16, d=16)[:2]                                   # one group: all layers have one shape
+    x = torch.randn(4, 3, 5, 16)
+    optimizers = [optimizer([p for p in m.parameters() if p.requires_grad]) for m in models]
+    builds = counting(monkeypatch)
+    for step in range(4):
+        for model, opt in zip(models, optimizers):
+            opt.zero_grad(set_to_none=order != "zero in place") if order != "forward, zero" else None
+            for k in range(3):
+                loss = model(x[step] + k).square().mean()
+                if order == "forward, zero" and k == 0:
+                    opt.zero_grad()
+                loss.backward()
+            opt.step()
+        assert_same([p.grad for p in models[1].parameters() if p.requires_grad],
+                    [p.grad for p in models[0].parameters() if p.requires_grad], 1e-4)
+    assert builds[0] == 4
+    with torch.no_grad():
+        assert_same([models[1](x)], [models[0](x)], 1e-5)
+        models[1](x)
+    assert builds[0] == 5
+
+
+def test_the_cache_follows_every_change_of_the_parameters(tmp_path, monkeypatch):
+    eager, fused, x = pair("psoft")
+    builds = counting(monkeypatch)
+
+    def agree(models=(eager, fused)):
+        with torch.no_grad():
+            assert_same([models[1](x)], [models[0](x)], 1e-5)
+        assert_same(results(models[1], x), results(models[0], x), 1e-5)
+
+    agree()
+    for model in (eager, fused):                                              # in-place edit of one parameter
+        with torch.no_grad():
+            model[1].rotation.alpha.mul_(1.5)
+    agree()
+    for model in (eager, fused):                                              # other storage under the same Parameter
+        model[0].rotation.transform.generator.data = torch.ones_like(model[0].rotation.transform.generator)
+    agree()
+    copies = copy.deepcopy((eager, fused))                                    # a copy has its own layers and its own cache
+    stir(copies[1])
+    copies[0].load_state_dict(copies[1].state_dict())
+    agree(copies)
+    agree()
+    loft.save(copies[0], tmp_path / "adapter.pt")
+    for model in (eager, fused):
+        loft.load(model, tmp_path / "adapter.pt")
+    agree()
+    fused.load_state_dict({k: v + 0.01 for k, v in eager.state_dict().items()})   # another W0 and P: W0P is made again
+    eager.load_state_dict(fused.state_dict())
+    agree()
+    state = {k: v * 0.9 for k, v in eager.state_dict().items()}
+    for model in (eager, fused):
+        model.load_state_dict(state, assign=True)
+        model.requires_grad_(False)
+        for layer in model:
+            layer.rotation.transform.generator.requires_grad_(True)
+    agree()
+    for model in (eager, fused):                                              # frozen after use: nothing is accumulated
+        model[0].rotation.transform.generator.requires_grad_(False)
+    agree()
+    for model in (eager, fused):
+        model.double()
+    x = x.double()
+    agree()
+    kernels.fuse(fused)
+    with torch.inference_mode():
+        fused(x)
+    agree()                                                                   # nothing made in inference mode is kept
+    for model in (eager, fused):                                              # by hand, through .data: after a backward pass, or
+        model(x).square().sum().backward()
+        p = model[1].rotation.transform.generator
+        p.data.add_(p.grad, alpha=-0.1)
+        model.zero_grad()
+    agree()
+    for model in (eager, fused):                                              # else after another fuse
+        model[0].rotation.alpha.data.mul_(1.1)
+    kernels.fuse(fused)
+    agree()
+    kernels.unfuse(fused)
+    before = builds[0]
+    agree()
+    assert builds[0] == before and not fused._forward_hooks
+
+
+def test_an_unused_layer_gets_no_gradient():
+    _, fused, x = pair("loft", out=16, d=16)
+    fused[0](x).sum().backward()
+    assert [m.rotation.transform.generator.grad is None for m in fused] == [False, True, True]
+
+
+@pytest.mark.parametrize("variant", ["loft", "psoft", "oft", "boft", "goft", "hra"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(variant, reentrant, monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+    eager, fused, x = pair(variant)
+    builds = counting(monkeypatch)
+    grads = []
+    for model in (eager, fused):
+        y = x.clone().requires_grad_()
+        for layer in model:
+            y = checkpoint(layer, y, use_reentrant=reentrant)
+        y.square().mean().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert_same(grads[1], grads[0], 1e-5)
+    assert builds[0] == len({m.fused for m in fused}) or reentrant            # recomputation finds the cached T
+
+
+@pytest.mark.parametrize("variant", ["loft", "oft", "boft", "goft", "hra"])
+@pytest.mark.parametrize("side", loft.SIDES)
+def test_autocast_and_functional_call(variant, side):
+    eager, fused, x = pair(variant, side)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(x)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert_same([y.float()], [eager(x)], 0.06)
+    outside = {k: v + 0.1 for k, v in fused.named_parameters() if v.requires_grad}
+    before = fused(x)
+    loss = lambda model: lambda parameters: torch.func.functional_call(model, parameters, (x,)).square().mean()
+    leaves = [{k: v.detach().requires_grad_() for k, v in outside.items()} for _ in range(2)]
+    ours, theirs = (torch.autograd.grad(loss(m)(p), list(p.values())) for m, p in zip((fused, eager), leaves))
+    assert_same(ours, theirs, 1e-5)
+    assert torch.equal(fused(x), before)                                      # its own parameters are back
+
+
+def test_autograd_of_the_fused_layer_keeps_z_and_nothing_else():
+    n, d, r = 512, 256, 8
+    for out in (128, 512):                                                    # either algebraic form
+        for side in loft.SIDES:
+            model = loft.adapt(nn.Sequential(nn.Linear(d, out)), "0", rank=r, side=side, backend="fused")
+            x, kept = torch.randn(n, d, requires_grad=True), {}
+            model(x)
+            stir(model)                                                       # so that T is built again
+            fixed = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *(
+                t for _, made in model[0].fused.thin.values() for t in made if t is not None))}
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is not None and t, lambda t: t):
+                model(x)
+            kept = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in fixed)
+            assert 4 * n * r <= kept <= 4 * 1.1 * n * r + 8 * 10 * r * r
+
+
+@pytest.mark.parametrize("side", loft.SIDES)
+def test_fused_adapters_on_adapters_after_refresh_and_on_other_layers(side):
+    """What else loft.py does with a layer: a second adapter, rotations before a refresh, a convolution, a frozen base with hooks."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 16), nn.Flatten(), nn.Linear(16, 16))
+    stir(loft.adapt(eager, ["0", "1", "2"], rank=4, support="random", side=side))
+    loft.refresh(eager, {n: orthonormal(layer.rotation.d, 4, torch.float32) for n, layer in loft.layers(eager)})
+    stir(eager)
+    stir(loft.adapt(eager, ["0", "2"], rank=4, support="random", side=side, name="second"))
+    fused, x = kernels.fuse(copy.deepcopy(eager)), torch.randn(5, 16)
+    for _ in range(2):
+        assert_same(results(fused, x), results(eager, x), 1e-5)
+    seen = []
+    fused[1].base.register_forward_hook(lambda *_: seen.append(1))            # a listener on the frozen layer is not passed by
+    assert_same(results(fused, x), results(eager, x), 1e-5)
+    assert seen
+    for model in (eager, fused):
+        loft.use(model, "second")
+    assert_same([fused(x)], [eager(x)], 1e-5)
+    for model in (eager, fused):
+        loft.use(model, "default", "second")
+    P = {n: orthonormal(layer.rotation.d, 6, torch.float32) for n, layer in loft.layers(eager, "second")}
+    for model in (eager, fused):                                              # another rank: fused again
+        loft.refresh(model, P, name="second")
+    with torch.no_grad():
+        for a, b in zip(*([p for p in m.parameters() if p.requires_grad] for m in (eager, fused))):
+            b.copy_(a.normal_())
+    assert all(layer.fused is not None for _, layer in loft.layers(fused))
+    assert_same(results(fused, x), results(eager, x), 1e-5)
+    y = fused(x)
+    loft.merge(fused, "default")                                              # the other adapter stays, and stays fused
+    assert [m.fused is not None for _, m in loft.layers(fused)] == [True, True]
+    torch.testing.assert_close(fused(x), y, atol=1e-5, rtol=1e-5)
+    loft.merge(fused)
+    assert not fused._forward_hooks
+    torch.testing.assert_close(fused(x), y, atol=1e-5, rtol=1e-5)
+
+
+def test_sisters_share_one_projection(monkeypatch):
+    """q, k, v of one support: the same results, one z; another input is projected again; copies share among themselves."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 40)
+
+        def forward(self, x, other=None):
+            return torch.cat([self.q_proj(x), self.k_proj(x if other is None else other), self.v_proj(x)], -1)
+
+    torch.manual_seed(0)
+    names, P, x = ["q_proj", "k_proj", "v_proj"], orthonormal(16, 4, torch.float32), torch.randn(2, 5, 16)
+    eager = stir(loft.adapt(nn.Sequential(Attention()), names, support=P))
+    fused = kernels.share(kernels.fuse(copy.deepcopy(eager)), [names])
+    for _ in range(2):
+        assert_same(results(fused, x), results(eager, x), 1e-5)
+        fused, eager = copy.deepcopy((fused, eager))
+        stir(fused)
+        eager.load_state_dict(fused.state_dict())
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t.shape) and t, lambda t: t):
+        fused(x.requires_grad_())
+    assert list(kept.values()).count((10, 4)) == 1                            # one z for three layers
+    torch.testing.assert_close(fused[0](x, x + 1), eager[0](x, x + 1))
+    with torch.no_grad():                                                     # supports that no longer agree
+        P = orthonormal(16, 4)
+        for model in (eager, fused):
+            model[0].k_proj.rotation.P.copy_(P)
+    assert_same(results(fused, x), results(eager, x), 1e-5)
+    with pytest.raises(ValueError, match="have no common support"):
+        kernels.share(kernels.fuse(fused), [names])
+    with pytest.raises(ValueError, match="no module has fused layers called q, k"):
+        kernels.share(fused, [["q", "k"]])
+
+
+@pytest.mark.parametrize("variant, backend", [
+    *((v, "aot_eager") for v in ("psoft", "oft", "boft", "goft", "hra")),
+    pytest.param("loft", "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler"))])
+def test_compile_without_graph_breaks_or_recompilation(variant, backend):
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager, fused, _ = pair(variant)
+    compiled, d = torch.compile(fused, fullgraph=True, backend=backend), fused[0].in_features
+    for n in (4, 5, 6, 7, 64):                                                # the second size makes the batch dynamic
+        x = torch.randn(n, d)
+        assert_same(results(compiled, x), results(eager, x), 1e-5)
+        if n == 5:
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs
+    for model in (eager, fused):                                              # T is never stale inside a graph
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).mul_(1.1)
+    assert_same(results(compiled, x), results(eager, x), 1e-5)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_kernels_the_name(tmp_path):
+    """`import kernels` is PyPI's package of that name where there is one (transformers looks for it); ours is loft.kernels."""
+    code = ("import sys; sys.path.insert(1, sys.argv[1])\nimport kernels; print(getattr(kernels, 'whose', 'ours'))\n"
+            "from loft import kernels; print(kernels.fuse.__module__)")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .sub import whose")
+    (tmp_path / "kernels" / "sub.py").write_text("whose = 'theirs'")
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=HERE, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["theirs", "loft.kernels"]
+
+
+# ------------------------------------------------------------------------------------ 11. bench.py
+
+def test_bench_rows(monkeypatch, capsys):
+    """Small sizes; every row has its keys, the frozen layer keeps nothing, LOFT keeps z (n × r) and r × r pieces."""
+    import bench
+    arguments = type("Arguments", (), dict(device="cpu", dtype=torch.float32, threads=1))
+    n, d, r = 256, 64, 8
+    monkeypatch.setattr(bench, "RANKS", dict(loft=r, psoft=r, hra=4, lora=4))
+    rows = bench.layer_table(d, n, 0.01, arguments) + bench.transformer_table(64, 16, 1, 0.01, arguments, False)
+    keys = {"impl", "method", "backend", "d", "n", "r", "dtype", "device", "step_ms", "ratio_to_frozen", "saved_mib", "peak_mib", "trainable"}
+    assert all(keys <= row.keys() for row in rows + bench.once_table(64, 1, arguments))
+    found = {(row["impl"], row["method"], row["backend"]): row for row in reversed(rows)}
+    assert found["torch", "frozen", "eager"]["saved_mib"] == 0 and found["torch", "frozen", "eager"]["ratio_to_frozen"] == 1
+    z = 2 * n * r * 4 / 2 ** 20
+    assert z <= found["loft", "loft", "fused"]["saved_mib"] <= 1.1 * z + 2 * 10 * 8 * r * r / 2 ** 20
+    assert found["loft", "loft", "fused"]["saved_mib"] < found["loft", "lora", "eager"]["saved_mib"]
+    assert found["torch", "full", "eager"]["trainable"] == 2 * d * (d + 1)
