@@ -338,8 +338,9 @@ def run(name: str, task: Task, method: str, support: str | None, lr: float | Non
         rank = adapted or dict.fromkeys(loft.target_layers(model), args.rank)
         data = (model, calibration, task.loss_fn)
         if support == "allocated" and not adapted:
-            return selectors.within(*data, sum(r * (r - 1) // 2 for r in rank.values()), list(rank), side=args.side, seed=seed)
-        return selectors.select(*data, rank, "skew" if support == "allocated" else support, list(rank), side=args.side, seed=seed)
+            return selectors.within(*data, sum(r * (r - 1) // 2 for r in rank.values()), side=args.side, seed=seed)
+        return selectors.select(*data, rank, "skew" if support == "allocated" else support, {n: model.get_submodule(n) for n in rank},
+                                side=args.side, seed=seed)
 
     score, seconds, mib = None, 0.0, 0.0
     low = peak(args.device, reset=True)
@@ -446,9 +447,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     supports = (*SUPPORTS, "all")
     positive = lambda t: n if (n := int(t)) > 0 else parser.error(f"{t} is not a positive number")
     add = parser.add_argument
-    add("--task", type=one_of(*TASKS), default=["code"], help=f"any of {', '.join(TASKS)} (comma-separated; default code)")
+    add("--task", type=one_of(*TASKS), help=f"any of {', '.join(TASKS)} (comma-separated; default code)")
     add("--compare", choices=("supports",), help="every support on every task: 5 seeds, rates tuned on the first, curves, rank correlation")
-    add("--method", type=one_of(*METHODS), default=["frozen", "loft", "full"], help=f"any of {', '.join(METHODS)} (comma-separated)")
+    add("--method", type=one_of(*METHODS), help=f"any of {', '.join(METHODS)} (comma-separated; default frozen,loft,full)")
     add("--support", type=one_of(*supports), help=f"any of {', '.join(supports)} (comma-separated; default: every one "
         "for loft, the paper's for the other methods)")
     add("--transform", choices=list(loft.TRANSFORMS), help="of loft; default: the method's")
@@ -461,17 +462,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--refresh", type=positive, help="every so many steps, keep the rotation and choose a new support at the new point")
     add("--calibration", type=positive, default=8, help="batches that a support is chosen from (default 8)")
     add("--seed", type=int, default=0, help="the first seed: data order, calibration, random supports")
-    add("--seeds", type=positive, default=1, help="how many seeds, --seed and up")
+    add("--seeds", type=positive, help="how many seeds, --seed and up (default 1; 5 with --compare)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     add("--out", type=Path, help="folder of the results (default runs/ and the time)")
     args = parser.parse_args(argv)
-    if args.compare:
-        given = parser.parse_args([*(argv if argv is not None else sys.argv[1:]), "--compare", "supports"])
-        changed = lambda key: getattr(given, key) != parser.get_default(key)
-        args.task = args.task if changed("task") else list(TASKS)
-        args.method = args.method if changed("method") else ["loft"]
-        args.seeds, args.lr = args.seeds if changed("seeds") else 5, args.lr or [1e-3, 3e-3, 1e-2, 3e-2]
+    args.task = args.task or (list(TASKS) if args.compare else ["code"])
+    args.method = args.method or (["loft"] if args.compare else ["frozen", "loft", "full"])
+    args.seeds = args.seeds or (5 if args.compare else 1)
+    args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if args.compare else None)
     args.dtype = getattr(torch, args.dtype)
     try:
         args.device = torch.empty(0, device=args.device).device
