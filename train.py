@@ -353,7 +353,7 @@ def run(name: str, task: Task, method: str, support: str | None, lr: float | Non
             P = choose(model)
             seconds, mib = time.perf_counter() - began, peak(args.device) - low
             score = math.hypot(*selectors.scores(model, calibration, task.loss_fn, P, side=args.side).values()) / args.calibration
-        loft.adapt(model, method=method, support=P, transform=args.transform, side=args.side, seed=seed,
+        loft.adapt(model, method=method, support=P, transform=args.transform, side=args.side, seed=seed, backend=args.backend,
                    rank=args.rank if method in ("hra", "lora") else None, trainable=task.trainable or ())
     if method == "frozen" and task.trainable:
         for n, p in model.named_parameters():
@@ -454,6 +454,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "for loft, the paper's for the other methods)")
     add("--transform", choices=list(loft.TRANSFORMS), help="of loft; default: the method's")
     add("--side", choices=loft.SIDES, default="input")
+    add("--backend", choices=("eager", "fused"), default="fused", help="loft.py's own lines, or their fast twins in kernels.py (default)")
     add("--rank", type=positive, default=16, help="dimensions of a support; reflections of hra (default 16)")
     add("--lr", type=lambda t: [float(v) for v in t.split(",")], help="one, or several: tried on the first seed, and the best "
         "on the tune split taken for the others (default: a rate for each support)")
