@@ -156,23 +156,27 @@ class Step:
         return sum(t.untyped_storage().nbytes() for p, t in found.items() if p not in fixed) / 2 ** 20
 
     def peak(self) -> float | None:
-        """MiB that one step needs on top of what is there before it."""
-        if self.args.device.startswith("cuda"):
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.step()
-            return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
         for p in (self.x, *self.parameters):
             p.grad = None
-        try:
-            read = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 2 ** 10
-            ctypes.CDLL(None).malloc_trim(0)                                  # what was freed is given back, to be seen when used again
-            Path("/proc/self/clear_refs").write_text("5")                     # VmHWM := VmRSS
-            before = read("VmRSS:")
-            self.step()
-            return max(read("VmHWM:") - before, 0.0)
-        except (OSError, IndexError, AttributeError):
-            return None
+        return peak(self.step, self.args.device)
+
+
+def peak(run, device: str) -> float | None:
+    """MiB that run() needs on top of what is there before it."""
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    try:
+        read = lambda what: int(Path("/proc/self/status").read_text().split(what)[1].split()[0]) / 2 ** 10
+        ctypes.CDLL(None).malloc_trim(0)                                      # what was freed is given back, to be seen when used again
+        Path("/proc/self/clear_refs").write_text("5")                         # VmHWM := VmRSS
+        before = read("VmRSS:")
+        run()
+        return max(read("VmHWM:") - before, 0.0)
+    except (OSError, IndexError, AttributeError):
+        return None
 
 
 def interleave(steps: list[Step], seconds: float, most: int = 50) -> None:
@@ -312,6 +316,47 @@ def transformer_table(d: int, n: int, depth: int, seconds: float, args, compile:
 
 
 
+def selection_table(d: int, r: int, args) -> list[dict]:
+    """What choosing a support costs: one layer, thin products against the dense route; a model, against as many plain passes."""
+    torch.manual_seed(0)
+    decay = torch.arange(1, 257.0, device=args.device).reciprocal()[:, None]
+    W, G = torch.randn(d, d, device=args.device) / d ** 0.5, torch.randn(d, 256, device=args.device) @ (decay * torch.randn(256, d, device=args.device))
+
+    def dense():                                                              # S, then the top of SᵀS = −S²
+        S = (W.mT @ G - G.mT @ W) / 2
+        return torch.linalg.eigh(S.mT @ S)[1][:, -r:]
+
+    model = nn.Sequential(*[Block(256, 4) for _ in range(4)]).to(args.device).requires_grad_(False)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    batches = [torch.randn(8, 128, 256, device=args.device, requires_grad=True) for _ in range(4)]
+    loss = lambda model, x: (model(x) - x.flip(-1)).square().mean()
+
+    def plain():
+        for x in batches:
+            loss(model, x).backward()
+
+    def choose(exact):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                   # of a flat spectrum: this is noise, not a task
+            selectors.select(model, batches, loss, 32, targets=names, exact=exact)
+    runs = {"thin": lambda: selectors.skew(W, G, r), "dense": dense, "plain": plain,
+            "dense G": lambda: choose(None), "streaming": lambda: choose(False)}
+    times: dict[str, list[float]] = {what: [] for what in runs}
+    for _ in range(3):
+        for what, run in runs.items():
+            start = timer()
+            run()
+            times[what].append(timer() - start)
+    ms = {what: statistics.median(t) * 1e3 for what, t in times.items()}
+    mib = peak(runs["thin"], args.device)
+    print(f"\nchoosing a skew support\n{d} × {d} layer, r = {r}: thin products {ms['thin']:.0f} ms, dense route {ms['dense']:.0f} ms, "
+          f"{ms['dense'] / ms['thin']:.1f} × as fast" + (f"; peak {mib:.0f} MiB = {mib * 2 ** 18 / d / r:.1f} × in × r floats" if mib else "")
+          + f"\n{len(names)} layers of a 4-layer transformer, d = 256, r = 32, 4 batches of 1024 tokens: plain forward and backward {ms['plain']:.0f} ms; "
+          f"dense G, 1 pass, {ms['dense G'] / ms['plain']:.2f} × that; streaming, 3 passes, {ms['streaming'] / 3 / ms['plain']:.2f} × a pass", flush=True)
+    return [dict(impl="loft", method="loft", backend=f"select {what}", d=d if what in ("thin", "dense") else 256, n=None, r=r, dtype="float32",
+                 device=args.device, step_ms=ms[what], ratio_to_frozen=None, saved_mib=None, peak_mib=mib if what == "thin" else None, trainable=None)
+            for what in runs]
+
 
 def once_table(d: int, depth: int, args) -> list[dict]:
     """Seconds for what is done once. Selection sees 4 batches of 128 tokens."""
@@ -404,6 +449,7 @@ def main(argv=None) -> list[dict]:
     compiled, started = ("loft", "oft", "hra") if compile else (), timer()
     if args.quick:
         rows = layer_table(1024, 128, args.seconds, args) + transformer_table(256, 128, 12, args.seconds, args, False)
+        rows += selection_table(1536, 64, args)
         rows += once_table(128, 2, args)
     else:
         rows = layer_table(1024, 1024, 2 * args.seconds, args, compiled=compiled)
@@ -411,6 +457,7 @@ def main(argv=None) -> list[dict]:
         rows += layer_table(4096, 256, args.seconds, args, methods=("loft", "psoft", "oftv2", "hra", "lora"), skip=("full",))
         rows += sweep(args)
         rows += transformer_table(512, 128, 12, args.seconds, args, False)
+        rows += selection_table(4096, 64, args)
         rows += once_table(256, 4, args)
     print(f"\n{timer() - started:.0f} s")
     if args.json:

@@ -163,8 +163,9 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
             over the ranks too when torch.distributed is initialised.
         loss_fn: (model, batch) → scalar loss of any task; for several tasks at once, the sum of their losses sums their S.
         rank, targets, side: as in `loft.adapt`; kind: one of `KINDS`.
-        exact: True sums the dense G (out, in) of each layer in one pass; False keeps in × (rank + oversample) by
-            randomised subspace iteration over `passes` passes; None: exact where in and out are at most 1024.
+        exact: True sums the dense G (out, in) of each layer in one pass, and decomposes it exactly; False keeps in ×
+            (rank + oversample) by randomised subspace iteration over `passes` passes; None: dense G in one pass where
+            in and out are at most 1024, decomposed exactly up to in = 256 and by eight iterations above.
         pool: of `rescored`. seed: of random starts; the result is a function of it.
     Weights keep requires_grad as it was and get no .grad; the model runs in eval mode and is put back. Works under
     autocast and in bf16 (sums are float32), with checkpointing and with layers that are called several times; rows
@@ -195,7 +196,7 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     if dense:
         sums = moments(model, batches, loss_fn, {n: found[n] for n in dense}, side if kind == "activation" else None)
         for n, M in sums.items():
-            supports[n], supports.sigma[n] = _exact(kind, W(n), turn(M), ranks[n], pool)
+            supports[n], supports.sigma[n] = _dense(kind, W(n), turn(M), ranks[n], pool, None if exact else generator)
     if thin := {n: m for n, m in found.items() if n not in dense}:
         def products(pairs):                                                  # on the output side A and B change places
             pairs = pairs if side == "input" else {n: (B, A) for n, (A, B) in pairs.items()}
@@ -213,8 +214,14 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     return Supports({n: supports[n] for n in order}, {n: supports.sigma[n] for n in order})
 
 
-def _exact(kind: str, W: Tensor, M: Tensor, r: int, pool: int) -> tuple[Tensor, Tensor]:
-    """(P, σ of its planes) from the dense gradient M = G, or the dense second moment for `activation`."""
+def _dense(kind: str, W: Tensor, M: Tensor, r: int, pool: int, generator) -> tuple[Tensor, Tensor]:
+    """(P, σ of its planes) from the dense gradient M = G, or the dense second moment for `activation`.
+
+    With a generator, `skew` iterates above in = 256, where an eigendecomposition would take longer than the pass.
+    """
+    if kind == "skew" and generator is not None and W.shape[1] > 256:
+        products = lambda pairs: {n: (M @ A, M.mT @ B) for n, (A, B) in pairs.items()}
+        return _iterate(lambda n: W, products, {"": r}, 8, 16, generator)[""]
     if kind == "skew":
         P, sigma = planes((W.mT @ M - M.mT @ W) / 2, r)
         return P, sigma[:r // 2]

@@ -42,8 +42,8 @@ from loft import selectors
 CONTEXT, BATCH, PRETRAIN_STEPS = 128, 16, 1200
 METHODS = ("frozen", *loft.METHODS, "full")
 SUPPORTS = (*selectors.KINDS, "allocated")                                     # allocated: skew, as many parameters in all, ranks by σ
-# Learning rates by default, the best of README's grid: supports of low score want, and bear, a higher one.
-RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "full": 1e-3, "all": 3e-3}
+# Learning rates by default, the best of README's grid. The rule: 1e-2 where the score is more than half of skew's, 3e-2 below.
+RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "activation": 3e-2, "full": 1e-3, "all": 3e-3}
 
 
 # ---------------------------------------------------------------------------------------------------------
