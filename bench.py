@@ -348,7 +348,8 @@ def selection_table(d: int, r: int, args) -> list[dict]:
             run()
             times[what].append(timer() - start)
     ms = {what: statistics.median(t) * 1e3 for what, t in times.items()}
-    mib = peak(runs["thin"], args.device)
+    peaks = [peak(runs["thin"], args.device) for _ in range(3)]
+    mib = None if None in peaks else statistics.median(peaks)
     print(f"\nchoosing a skew support\n{d} × {d} layer, r = {r}: thin products {ms['thin']:.0f} ms, dense route {ms['dense']:.0f} ms, "
           f"{ms['dense'] / ms['thin']:.1f} × as fast" + (f"; peak {mib:.0f} MiB = {mib * 2 ** 18 / d / r:.1f} × in × r floats" if mib else "")
           + f"\n{len(names)} layers of a 4-layer transformer, d = 256, r = 32, 4 batches of 1024 tokens: plain forward and backward {ms['plain']:.0f} ms; "

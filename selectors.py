@@ -280,7 +280,8 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
         done = products({n: (Q[n], W(n) @ Q[n]) for n in Q})
         SQ = {n: (W(n).mT @ GQ).sub_(GtWQ).div_(2) for n in list(done) for GQ, GtWQ in [done.pop(n)]}
         if i < passes - 1:
-            Q = {n: _orthonormal(X) for n, X in SQ.items()}
+            Q.clear()                                                         # what is not needed goes before more is made
+            Q.update({n: _orthonormal(SQ.pop(n)) for n in list(SQ)})
     chosen, rough = {}, []
     for n, X in SQ.items():
         V, sigma = planes(Q[n].mT @ X, ranks[n])
