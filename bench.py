@@ -143,7 +143,7 @@ class Step:
 
         def pack(t: Tensor) -> Tensor:
             found[t.untyped_storage().data_ptr()] = t                         # held, so that no address is used twice
-            return t
+            return t.detach()
 
         kernels._keep = pack                                                  # what the batched T keeps inside counts too
         try:

@@ -18,6 +18,7 @@ import argparse
 import ast
 import copy
 import functools
+import gc
 import json
 import math
 import os
@@ -328,6 +329,7 @@ def peak(device, reset: bool = False) -> float:
 
 def run(name: str, task: Task, method: str, support: str | None, lr: float | None, seed: int, before, args, line: str) -> dict:
     """Adapts a copy of the task's model and measures it."""
+    gc.collect()                                                               # the last row's model goes before memory is measured
     model = copy.deepcopy(task.model).eval()
     generator = torch.Generator().manual_seed(1000 + seed)
     calibration = [to(task.batch(generator), args.device) for _ in range(args.calibration)]
