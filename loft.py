@@ -912,7 +912,7 @@ def regularizer(model: nn.Module) -> Tensor:
 
 def save(model: nn.Module, path, *, name: str | None = None) -> None:
     """Writes the adapter (supports, generators, settings; of several, the one called `name`) and whatever else of the model
-    is trainable to `path`.
+    is trainable to `path`, a file name or an open binary file.
 
     Written beside `path` and then moved over it: an interrupted save leaves the older file. P itself is stored,
     since a support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's,
@@ -920,11 +920,16 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
     """
     payload = _payload(model, name)
     torch.save(payload, buffer := io.BytesIO())
-    path, data = os.fspath(path), buffer.getvalue()
+    data = buffer.getvalue()
+    data += hashlib.sha256(data).digest()
+    if hasattr(path, "write"):
+        path.write(data)
+        return
+    path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
-            f.write(data + hashlib.sha256(data).digest())
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -941,9 +946,12 @@ def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
     Nothing is executed from the file (weights_only). Everything is checked before the model is touched.
     Raises ValueError naming each layer, shape or setting that differs, or saying that the file is not an adapter.
     """
-    path = os.fspath(path)
-    with open(path, "rb") as f:
-        data = f.read()
+    if hasattr(path, "read"):
+        data, path = path.read(), getattr(path, "name", "the file")
+    else:
+        path = os.fspath(path)
+        with open(path, "rb") as f:
+            data = f.read()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ValueError(f"{path} is not a LOFT adapter file, or is damaged")
     try:
