@@ -248,13 +248,18 @@ def ready(task: Task, args) -> Task:
             print(f"1. {task.name}: pretrained weights found in {cache}")
         else:
             print(f"1. {task.name}: pretraining {sum(p.numel() for p in old.model.parameters()):,} parameters on {old.name}")
-            fit(old, old.model, steps, 3e-3 if old.size == 16 else 1e-3, 0, plain(args), "pretraining", everything=True)
+            partly = cache.with_suffix(".checkpoint")
+            if state := torch.load(partly, map_location="cpu", weights_only=True) if partly.exists() else None:
+                restore(old.model, state["weights"])
+            fit(old, old.model, steps, 3e-3 if old.size == 16 else 1e-3, 0, plain(), "pretraining", state=state,
+                keep=lambda s: write(partly, dump(s)), everything=True)
             write(cache, dump(old.model.state_dict()))
+            partly.unlink(missing_ok=True)
     task.model.to(args.device).requires_grad_(False).eval()
     if task.probe and task.trainable:
         for n, p in task.model.named_parameters():
             p.requires_grad_(re.search(task.trainable, n) is not None)
-        fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(args), "linear probe")
+        fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(), "linear probe")
     task.model.requires_grad_(False).to(args.dtype)
     if args.checkpointing:
         for m in task.model.modules():
@@ -266,9 +271,10 @@ def ready(task: Task, args) -> Task:
     return task
 
 
-def plain(args) -> argparse.Namespace:
-    """The settings of pretraining and probe: only the devices are yours."""
-    return argparse.Namespace(batch=None, accumulate=1, shard=False, warmup=0.1, clip=None, autocast=False, refresh=None, patience=None)
+def plain() -> argparse.Namespace:
+    """The settings of pretraining and probe."""
+    return argparse.Namespace(batch=None, accumulate=1, shard=False, warmup=0.1, clip=None, autocast=False, refresh=None, patience=None,
+                              save_every=200)
 
 
 def sizes(method: str, shapes: list[tuple[int, int]], budget: int) -> int | None:
