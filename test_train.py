@@ -192,6 +192,9 @@ def test_a_grid_runs_once_and_its_rates_are_tried_on_the_first_seed(quick, tmp_p
     assert [json.dumps(r) for r in again] == lines == (tmp_path / "run/results.jsonl").read_text().splitlines()
     more = train.main(["--resume", str(tmp_path / "run"), "--rank", "2,4,8"])  # a larger grid: the new cells only
     assert len(more) == len(rows) + 3 * 3
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(tmp_path / "run"), "--clip", "1"])
+    assert "--clip was None there" in capsys.readouterr().err
     every = quick("--method", "lora", "--rank", "2", "--seeds", "2", "--lr", "1e-3,1e-2", "--grid", out="every")
     assert {(r["lr"], r["seed"]) for r in every} == {(1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)}
 

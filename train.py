@@ -105,6 +105,8 @@ def wrap(model: nn.Module, args, everything: bool) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=everything)
     from torch.distributed.fsdp import fully_shard
     adapter = {p for p in model.parameters() if p.requires_grad}               # small: a whole copy on every device
+    for p in adapter:
+        p.data = p.data.to(args.device)
     for module in [m for holder in model.modules() if isinstance(holder, nn.ModuleList) for m in holder]:
         fully_shard(module, ignored_params=adapter)
     return fully_shard(model, ignored_params=adapter)
@@ -140,9 +142,8 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
     predictions, so pieces and devices change the result by rounding only. `state` is what `keep` was given at some
     step: with it training goes on there, bit for bit. Returns the last state; its curve is [(step, evaluate(model))].
     """
+    trained, parameters = wrap(model, args, everything), [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    trained = wrap(model, args, everything)
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
     warm = max(1, int(steps * args.warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * s / steps)))
@@ -255,7 +256,7 @@ def ready(task: Task, args) -> Task:
                 keep=lambda s: write(partly, dump(s)), everything=True)
             write(cache, dump(old.model.state_dict()))
             partly.unlink(missing_ok=True)
-    task.model.to(args.device).requires_grad_(False).eval()
+    task.model.to("cpu" if args.shard else args.device).requires_grad_(False).eval()   # shards go to the devices one by one
     if task.probe and task.trainable:
         for n, p in task.model.named_parameters():
             p.requires_grad_(re.search(task.trainable, n) is not None)
@@ -322,11 +323,12 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         state = state if state["cell"] == cell else None
-    own_copy = lambda n: method == "full" or task.trainable and re.search(task.trainable, n)   # the frozen weights are shared
-    model = copy.deepcopy(task.model, {id(p): p for n, p in task.model.named_parameters() if not own_copy(n)})
+    trains = lambda n: method == "full" or bool(task.trainable and re.search(task.trainable, n))
+    shared = {id(p): p for n, p in task.model.named_parameters() if not trains(n) and not args.shard}  # what is frozen is not copied
+    model = copy.deepcopy(task.model, shared)
     generator = torch.Generator().manual_seed(1000 + seed)
     draws = [task.batch(generator, args.batch or task.size) for _ in range(args.calibration)]
-    calibration = [to(batch, args.device) for batch in draws[rank()::world()]]
+    calibration = [to(batch, next(model.parameters()).device) for batch in draws[rank()::world()]]
 
     def choose(model):
         """The supports of a fresh model, or new ones, at the same ranks, of an adapted one."""
@@ -358,7 +360,7 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
                    backend=args.backend, trainable=task.trainable or (), **options)
     else:
         for n, p in model.named_parameters():
-            p.requires_grad_(bool(own_copy(n)))
+            p.requires_grad_(trains(n))
         restore(model, state["weights"]) if state else None
     peak(args.device, reset=True)
     if args.compile:
@@ -494,19 +496,25 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if not args.out or not (args.out / "settings.json").exists():
             p.error(f"--resume: {args.out or 'no folder given; --resume DIR'}{' holds no settings.json of a run' if args.out else ''}")
         given = json.loads((args.out / "settings.json").read_text())["argv"]
-        args = p.parse_args([*given, *argv])
-        args.out = args.out if args.resume is True else Path(args.resume)
+        old, args, folder = p.parse_args(given), p.parse_args([*given, *argv]), args.out
+        for key, value in vars(args).items():
+            if key not in NOT_OF_A_CELL and value != getattr(old, key):
+                p.error(f"--resume: --{key.replace('_', '-')} was {getattr(old, key)} there, not {value}; other settings belong in another --out")
+        args.out = folder
     elif args.out and (args.out / "results.jsonl").exists() and not args.report:
         p.error(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out begins one")
     if bool(args.model) != bool(args.data) or args.model and args.task:
         p.error("--model and --data go together, without --task")
     if args.shard and "full" in (args.method or ()):
         p.error("--shard is for adapters: it shards what is frozen, and --method full freezes nothing")
+    if args.shard and args.export:
+        p.error("--export puts the weights together that --shard takes apart; load the adapter on one device and merge there")
     compare = args.compare
     args.task = ["own"] if args.model else args.task or {"supports": ["code", "understanding"], "methods": list(TASKS)}.get(compare, ["code"])
     args.method = args.method or {"supports": ["frozen", "loft"], "methods": list(METHODS)}.get(compare) or [
         m for m in ("frozen", "loft", "psoft", "oft", "lora", "full") if not (args.shard and m == "full")]
-    args.support = args.support or (list(SUPPORTS) if compare == "supports" else ["random", "principal", "gradient", "skew"])
+    args.support = args.support or {"supports": list(SUPPORTS), "methods": ["principal", "skew"]}.get(
+        compare, ["random", "principal", "gradient", "skew"])
     args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
     args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
     args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if compare else None)
