@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tasks import Batch, Task, classification, rows
 
+
 def read(path: Path) -> list[dict[str, str]]:
     """The examples of a .txt (one text), .jsonl or .csv file: dicts with text; text, label; or prompt, response."""
     try:

@@ -49,7 +49,8 @@ class Task:
     measure: Callable[[nn.Module], dict[str, float]] = lambda model: {}        # further measures on val
     count: Callable[[Batch], int] = lambda batch: len(batch[0])                # predictions in a batch
     size: int = 16                                                             # examples in a training batch
-    steps: int = 0                                                             # of pretraining, for an old domain
+    steps: int = 0                                                             # of pretraining, for an old domain, and its rate
+    lr: float = 3e-3
     probe: int = 0                                                             # steps that a new head is first trained alone
     export: Callable[[nn.Module, Path], None] | None = None                    # writes the merged model in the format it came in
 
@@ -401,7 +402,7 @@ def vision(args) -> Task:
 
     held_out = lambda source, seed: chunks(*source(torch.Generator().manual_seed(seed), 512))
     splits = {"tune": held_out(scenes, 1), "val": held_out(scenes, 2)}
-    old = Task("shapes", ViT(5), shapes, label, {"val": held_out(shapes, 3)}, steps=1200)
+    old = Task("shapes", ViT(5), shapes, label, {"val": held_out(shapes, 3)}, size=64, steps=1200, lr=1e-3)
     return Task("vision", Classifier(old.model, 25), scenes, loss_fn, splits, old, "body", r"^head\.", measure, size=64, probe=300)
 
 

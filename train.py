@@ -7,7 +7,7 @@
     python train.py --model DIR --data FILE.jsonl              # your own (needs transformers)
     torchrun --nproc_per_node=2 train.py                       # the same result on several devices
     python train.py --report runs/* --plot                     # one table over runs and seeds
-    python train.py --compare methods                          # every method on every task, 3 seeds, tuned rates
+    python train.py --compare methods                          # LOFT and its peers on every task, 3 seeds, tuned rates
     python train.py --help
 
 A run is a grid of cells: task × method × support × rank × rate × seed. A cell adapts a copy of the task's pretrained model,
@@ -252,7 +252,7 @@ def ready(task: Task, args) -> Task:
             partly = cache.with_suffix(".checkpoint")
             if state := torch.load(partly, map_location="cpu", weights_only=True) if partly.exists() else None:
                 restore(old.model, state["weights"])
-            fit(old, old.model, steps, 3e-3 if old.size == 16 else 1e-3, 0, plain(), "pretraining", state=state,
+            fit(old, old.model, steps, old.lr, 0, plain(), "pretraining", state=state,
                 keep=lambda s: write(partly, dump(s)), everything=True)
             write(cache, dump(old.model.state_dict()))
             partly.unlink(missing_ok=True)
@@ -261,7 +261,9 @@ def ready(task: Task, args) -> Task:
         for n, p in task.model.named_parameters():
             p.requires_grad_(re.search(task.trainable, n) is not None)
         fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(), "linear probe")
-    task.model.requires_grad_(False).to(args.dtype)
+    task.model.requires_grad_(False)
+    if args.dtype:
+        task.model.to(args.dtype)
     if args.checkpointing:
         for m in task.model.modules():
             if hasattr(m, "gradient_checkpointing_enable"):                    # transformers' own way
@@ -481,7 +483,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eval-batches", type=positive, default=2, help="of the tune split, in an evaluation (default 2)")
     add("--seed", type=int, default=0, help="the first seed: data order, calibration, random supports, dropout")
     add("--seeds", type=positive, help="how many seeds, --seed and up (default 1)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: as they come)")
     add("--autocast", action="store_true", help="compute in bfloat16 where it is safe")
     add("--checkpointing", action="store_true", help="activations are computed again in backward, not kept")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -496,7 +498,7 @@ def parser() -> argparse.ArgumentParser:
     add("--save-every", type=positive, default=50, help="steps from checkpoint to checkpoint (default 50)")
     add("--export", action="store_true", help="also write the merged model, in the format it came in")
     add("--compare", choices=("supports", "methods"), help="README's tables: every support on code and understanding (rank 16, 5 seeds), or "
-        "every method on every task (3 seeds); rates tuned on the first seed")
+        "LOFT and its peers on every task (3 seeds); rates tuned on the first seed")
     add("--report", type=Path, nargs="+", metavar="DIR", help="no training: one table over the results of these runs")
     add("--plot", action="store_true", help="also draw curves, and loss against parameters (needs matplotlib)")
     return parser
@@ -525,7 +527,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         p.error("--export puts the weights together that --shard takes apart; load the adapter on one device and merge there")
     compare = args.compare
     args.task = ["own"] if args.model else args.task or {"supports": ["code", "understanding"], "methods": list(TASKS)}.get(compare, ["code"])
-    args.method = args.method or {"supports": ["frozen", "loft"], "methods": list(METHODS)}.get(compare) or [
+    args.method = args.method or {"supports": ["frozen", "loft"], "methods": ["frozen", "loft", "psoft", "oft", "hra", "lora", "full"]}.get(compare) or [
         m for m in ("frozen", "loft", "psoft", "oft", "lora", "full") if not (args.shard and m == "full")]
     args.support = args.support or {"supports": list(SUPPORTS), "methods": ["principal", "skew"]}.get(
         compare, ["random", "principal", "gradient", "skew"])
@@ -533,7 +535,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
     args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if compare else None)
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.dtype = getattr(torch, args.dtype)
+    args.dtype = args.dtype and getattr(torch, args.dtype)
     if "RANK" in os.environ and not args.report:                               # started by torchrun
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
