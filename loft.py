@@ -25,7 +25,6 @@ import contextlib
 import difflib
 import hashlib
 import importlib
-import inspect
 import io
 import itertools
 import os
@@ -54,11 +53,10 @@ METHODS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Transforms: an orthogonal T (r × r), applied to rows z (…, r) as z ↦ z Tᵀ. Each is the identity, to the last bit, at
-# the start, so each computes the difference  delta(z) = z (T − I)ᵀ  rather than z Tᵀ. All are built in float64
-# (float32 on MPS) and handed over in the parameters' precision, float32 at least.
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ transforms
+# An orthogonal T (r × r), applied to rows z (…, r) as z ↦ z Tᵀ. Each is the identity, to the last bit, at the start, so each
+# computes the difference  delta(z) = z (T − I)ᵀ  rather than z Tᵀ. All are built in float64 (float32 on MPS) and handed over
+# in the parameters' precision, float32 at least.
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
@@ -119,15 +117,13 @@ def _polish(D: Tensor) -> Tensor:
 
 
 class Skew(nn.Module):
-    """T = T_1 T_2 … T_m, each stage block-diagonal: blocks (b × b) that are a map of a learned skew generator.
+    """T = T_1 T_2 … T_m (r × r), each stage block-diagonal: blocks (b × b) that are a map of a learned skew generator.
 
     `cayley`, `cayley_neumann` and `expm` are one stage with one block of size r; `block` (OFT) is one stage of r/b blocks;
     `butterfly` (BOFT) is m stages, where stage s joins half-blocks that lie 2^s half-blocks apart.
 
     Args:
-        r: size of T.
-        block_size: b, a divisor of r (default: r).
-        stages: m; stage s needs b·2^s to divide r.
+        block_size: b, a divisor of r (default: r); stages: m; stage s needs b·2^s to divide r.
         map: "cayley", "cayley_neumann" or "expm"; terms: matrices in the Cayley–Neumann series (5 in OFTv2).
         bound: Frobenius bound on each block's Q, which is scaled back when longer (COFT's ε; OFTv2's norm bound).
         share: one generator for all blocks of a stage (OFT's block sharing).
@@ -138,7 +134,8 @@ class Skew(nn.Module):
                  terms: int = 5, bound: float | None = None, share: bool = False):
         super().__init__()
         b, divisors = r if block_size is None else block_size, [k for k in range(1, r + 1) if r % k == 0]
-        _require(isinstance(b, int) and b in divisors, f"block_size={b} does not divide {r}; nearest that do: {_around(b, divisors)}")
+        _require(isinstance(b, int) and b in divisors,
+                 f"block_size={b} does not divide {r}; nearest that do: {_around(b, divisors)}")
         most = next(s for s in itertools.count(1) if b % 2 or r % (b << s))   # stages that b·2^s | r allows
         _require(isinstance(stages, int) and 1 <= stages <= most, f"stages={stages} with blocks of {b} in {r} dimensions: must be "
                  f"1 to {most} (stage s joins blocks of {b}·2^s, which has to divide {r})")
@@ -186,7 +183,6 @@ class Givens(nn.Module):
     Stage s takes every 2^s-th coordinate and rotates them pair by pair: row pairs (a, b) ↦ (a, b) G with
     G = [[cos θ, −sin θ], [sin θ, cos θ]]; Tᵀ = P_1 P_2 … in the paper's letters. With relaxed=True (qGOFT, eq. 5)
     each G is any 2 × 2 matrix, no longer orthogonal unless `regularizer` holds it there.
-
     Parameters: generator (r − 1, 1), the angles, or (r − 1, 4), the entries of G − I. Zero at the start.
     """
 
@@ -224,9 +220,8 @@ class Householder(nn.Module):
     """T = H_1 H_2 … H_k, H_i = I − 2 u_i u_iᵀ / ‖u_i‖² (HRA, arXiv 2405.17484, eq. 2), in compact WY form.
 
     With unit columns V = [v_1 … v_k]:  T = I − V S⁻¹ Vᵀ,  S = ½ I + strictly upper part of VᵀV  (k × k).
-    The u come in equal pairs at the start, so T = I; a pair (a, b) is carried as (a, b − a), which makes that
-    exact to the last bit. An odd k has det T = −1 and cannot start at the identity: refused.
-
+    The u come in equal pairs at the start, so T = I; a pair (a, b) is carried as (a, b − a), which makes that exact to the
+    last bit. An odd k has det T = −1 and cannot start at the identity: ValueError.
     Parameters: u (r, k), in pairs from a unit Gaussian.
     """
 
@@ -269,14 +264,14 @@ class Fixed(nn.Module):
         return z @ self.D.to(z.dtype).mT
 
 
-TRANSFORMS = {  # name: (class, defaults, options a user may set)
-    "cayley": (Skew, dict(map="cayley"), ("bound",)),
-    "cayley_neumann": (Skew, dict(map="cayley_neumann", bound=0.9), ("terms", "bound")),
-    "expm": (Skew, dict(map="expm"), ("bound",)),
-    "block": (Skew, {}, ("block_size", "map", "terms", "bound", "share")),
-    "butterfly": (Skew, dict(stages=2), ("block_size", "stages", "map", "terms", "bound", "share")),
-    "givens": (Givens, {}, ("relaxed",)),
-    "householder": (Householder, {}, ("reflections",)),
+TRANSFORMS = {  # name: (class, what makes it this one, what a user may set and its default)
+    "cayley": (Skew, dict(map="cayley"), dict(bound=None)),
+    "cayley_neumann": (Skew, dict(map="cayley_neumann"), dict(terms=5, bound=0.9)),
+    "expm": (Skew, dict(map="expm"), dict(bound=None)),
+    "block": (Skew, {}, dict(block_size=None, map="cayley", terms=5, bound=None, share=False)),
+    "butterfly": (Skew, {}, dict(block_size=None, stages=2, map="cayley", terms=5, bound=None, share=False)),
+    "givens": (Givens, {}, dict(relaxed=False)),
+    "householder": (Householder, {}, dict(reflections=8)),
 }
 
 
@@ -285,21 +280,18 @@ def _transform(name: str, r: int, given: dict) -> tuple[nn.Module, dict]:
     if name == "fixed":
         return Fixed(r), {}
     _one_of("transform", name, TRANSFORMS)
-    cls, defaults, allowed = TRANSFORMS[name]
+    cls, own, settable = TRANSFORMS[name]
     for key in given:
-        _require(key in allowed, f"transform {name!r} has no option {key!r}; it has: {', '.join(allowed) or 'none'}")
-    signature = inspect.signature(cls).parameters
-    options = {key: signature[key].default for key in allowed} | defaults | given
+        _require(key in settable, f"transform {name!r} has no option {key!r}; it has: {', '.join(settable)}")
+    options = settable | given
     if name == "block" and options["block_size"] is None:                     # 32, or the next smaller that divides r
         options["block_size"] = max(b for b in range(1, 33) if r % b == 0)
     if name == "butterfly" and options["block_size"] is None:
         options["block_size"] = max((b for b in (2, 4, 6, 8) if r % (b << options["stages"] - 1) == 0), default=8)
-    return cls(r, **options), {key: options[key] for key in allowed}
+    return cls(r, **own, **options), options
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The rotation and the layer
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ the rotation and the layer
 
 class _Adapter(nn.Module):
     """.half() and .bfloat16() only move an adapter, so it keeps its precision; the layer under it, `base`, is rounded."""
@@ -513,9 +505,7 @@ class LoRALinear(LOFTLinear):
         return self.base(x) + self.rotation.scaling * (x @ A.mT) @ B.mT
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Functions of a model
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ functions of a model
 
 Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 
@@ -527,27 +517,23 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
     Args:
-        targets: which layers. A regex (searched in the name), a list of names or of their last components, or a
-            callable (name, module) → bool. None: the keys of a support dict, else every linear layer but the
-            output head (see `target_layers`).
+        targets: which layers. A regex (searched in the name), a list of names or of their last components, or a callable
+            (name, module) → bool. None: the keys of a support dict, else all but the output head (see `target_layers`).
         method: a name in `METHODS`, which sets the defaults of support, transform and options.
-        rank: r, one for all layers or {layer: r}; default 32 (a smaller layer: its dimension). With
-            support="all" it is the number of reflections of `householder` (default 8) and is refused otherwise.
-        support: "principal" (top singular vectors of W0), "minor", "random", "all" (every coordinate), an
-            orthonormal tensor (d, r), or {layer: tensor}, as `selectors.select` returns for a gradient-chosen one.
+        rank: r, one for all layers or {layer: r}; default 32 (a smaller layer: its dimension). With support="all" it is the
+            number of reflections of `householder` (default 8) and is refused otherwise.
+        support: "principal" (top singular vectors of W0), "minor", "random", "all" (every coordinate), an orthonormal
+            tensor (d, r), or {layer: tensor}, as `selectors.select` returns for a gradient-chosen one.
         transform: a name in `TRANSFORMS`; `options` go to it (block_size, stages, bound, …) and to `Rotation` (scale).
-        side: "input" (W0 R) or "output" (R W0).
-        magnitude: also learn a scale for every output (see `LOFTLinear`).
-        svd, symmetric: PSOFT's variants. Of support="principal": "full", "lowrank" (randomised) or "auto"; and whether
-            the singular values are split evenly between the two factors (see `Rotation`'s gauge).
+        side: "input" (W0 R) or "output" (R W0). magnitude: also learn a scale for every output (see `LOFTLinear`).
+        svd, symmetric: PSOFT's variants. Of support="principal": "full", "lowrank" (randomised) or "auto"; and whether the
+            singular values are split evenly between the two factors (see `Rotation`'s gauge).
         trainable: further parameters that stay trainable, by name: a regex or a list, as in `targets`.
         seed: of random supports and of initial reflections.
         name: of this adapter. A second one, of another name, is put on top of the first (W0 R_1 R_2), which is frozen.
         backend: "eager", or "fused" for the fast twins in kernels.py (see `kernels.fuse`).
-    Returns:
-        the model itself (of a bare linear layer: its wrapper).
-    Raises:
-        ValueError, TypeError: naming the layer, the value and what is valid. The model is then as it was.
+    Returns the model itself (of a bare linear layer: its wrapper).
+    Raises ValueError, TypeError naming the layer, the value and what is valid; the model is then as it was.
     """
     _one_of("method", method, METHODS)
     _one_of("side", side, SIDES)
@@ -569,8 +555,8 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
              "with support='all', rank is the number of reflections: give one of the two")
     chosen = isinstance(support, dict) and targets is None
     found = target_layers(model, (lambda n, m: n in support) if chosen else targets)
-    if chosen and (unknown := [n for n in support if n not in found]):
-        raise ValueError(f"the support names {unknown[0]!r}, which is no linear layer of the model{_nearest(unknown[0], found)}")
+    for n in support if chosen else ():
+        _require(n in found, f"the support names {n!r}, which is no linear layer of the model{_nearest(n, found)}")
     keep = _matches([n for n, _ in model.named_parameters()], trainable)
 
     wrapped = {}
@@ -580,8 +566,9 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
             with _naming(n):
                 P, extra = _resolve_support(n, base, side, support, rank, transform, svd, symmetric)
                 layer = _build(base, name, method, side, P, magnitude, transform, options | extra)
-                _require(any(p.numel() for p in layer.rotation.parameters()), f"a {layer.rotation.r} × {layer.rotation.r} {transform!r} "
-                         "has no parameters, so nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
+                r = layer.rotation.r
+                _require(any(p.numel() for p in layer.rotation.parameters()), f"a {r} × {r} {transform!r} has no parameters, so "
+                         "nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
                 wrapped[base] = layer
     for n, p in model.named_parameters():                                     # from here on nothing can fail
         p.requires_grad_(n in keep)
@@ -616,21 +603,20 @@ def target_layers(model: nn.Module, targets: Targets = None) -> dict[str, nn.Mod
     linear = {n: m for n, m in model.named_modules() if _shape(m) and m not in inner}
     if "" in linear:
         return {"": model}
-    linear = {n: m for n, m in linear.items() if not any(k.startswith(n + ".") for k in linear)}
-    if targets is None:
-        linear = {n: m for n, m in linear.items() if not isinstance(m, (nn.Conv2d, LOFTConv2d))}
+    linear = {n: m for n, m in linear.items() if not any(k.startswith(n + ".") for k in linear)
+              and (targets is not None or not isinstance(m, (nn.Conv2d, LOFTConv2d)))}
     _require(linear, "the model has no linear layer inside it")
     if targets is None:
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = [n for n, m in linear.items() if m is output or id(getattr(m, "weight", None)) in embeddings
+        heads = [n for n, m in linear.items() if m is output or id(getattr(m, "weight", None)) in tied
                  or n.split(".")[-1] in ("lm_head", "head", "classifier", "score")] or list(linear)[-1:]
         names = [n for n in linear if n not in heads]
-        missing = f"every linear layer is an output head ({', '.join(heads)}); name the targets"
+        _require(names, f"every linear layer is an output head ({', '.join(heads)}); name the targets")
     else:
         names = [n for n, m in linear.items() if targets(n, m)] if callable(targets) else _matches(list(linear), targets)
-        missing = f"targets={targets!r} match no linear layer; the model has {len(linear)}: {', '.join(list(linear)[:8])}, …"
-    _require(names, missing)
+        shown = ", ".join(list(linear)[:8])
+        _require(names, f"targets={targets!r} match no linear layer; the model has {len(linear)}: {shown}, …")
     return {n: linear[n] for n in names}
 
 
@@ -697,35 +683,38 @@ def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
 
 
 @contextlib.contextmanager
+def _restoring(modules: Iterable[nn.Module], attribute: str):
+    """Afterwards that attribute of every module is what it was."""
+    was = [(m, getattr(m, attribute)) for m in modules]
+    try:
+        yield
+    finally:
+        for m, value in was:
+            setattr(m, attribute, value)
+
+
+@contextlib.contextmanager
 def merged(model: nn.Module):
     """Inside `with loft.merged(model):` the rotations are folded into the weights, at the speed of the plain model; afterwards
     the weights are what they were, bit for bit (they are kept meanwhile: one more copy of the adapted weights)."""
     found = _outermost(model)
     _require_mergeable(found)
-    kept = [(layer.plain, layer.plain.weight) for _, layer in found]
     with torch.no_grad():
-        weights = [layer.weight for _, layer in found]
-    try:
-        with disabled(model):
-            for (base, W0), W in zip(kept, weights):
-                base.weight = nn.Parameter(W, requires_grad=W0.requires_grad)
-            yield model
-    finally:
-        for base, W0 in kept:
-            base.weight = W0
+        weights = {layer.plain: layer.weight for _, layer in found}
+    with _restoring(weights, "weight"), disabled(model):
+        for base, W in weights.items():
+            base.weight = nn.Parameter(W, requires_grad=base.weight.requires_grad)
+        yield model
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module, name: str | None = None):
     """Inside `with loft.disabled(model):` the model is the one before adaptation (or before that of one adapter)."""
-    was = [(layer, layer.enabled) for _, layer in _adapted(model, name)]
-    try:
-        for layer, _ in was:
+    found = [layer for _, layer in _adapted(model, name)]
+    with _restoring(found, "enabled"):
+        for layer in found:
             layer.enabled = False
         yield model
-    finally:
-        for layer, enabled in was:
-            layer.enabled = enabled
 
 
 def use(model: nn.Module, *names: str) -> nn.Module:
@@ -748,25 +737,23 @@ def orthogonality_error(model: nn.Module) -> dict[str, float]:
 def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str, str]:
     """{layer: what is wrong with its adapter}; empty when every one is reached, gets gradient, merges and is orthogonal.
 
-    Args:
-        batch: what the model takes (a tensor, a tuple of arguments or a dict of keywords), or what loss_fn(model, batch)
-            takes; without loss_fn the gradient is that of a random linear function of the output.
-    The entry "" speaks of the model as a whole: its output with merged weights against the adapted one.
-    Raises ValueError where no output is a floating tensor.
+    `batch` is what the model takes (a tensor, a tuple of arguments or a dict of keywords), or what loss_fn(model, batch)
+    takes; without loss_fn the gradient is that of a random linear function of the output. The entry "" speaks of the model
+    as a whole: its output with merged weights against the adapted one. ValueError where no output is a floating tensor.
     """
     def run():
         out = (loss_fn(model, batch) if loss_fn else model(**batch) if isinstance(batch, dict) else
                model(*batch) if isinstance(batch, tuple) else model(batch))
         return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
-    found, reached, modes = _outermost(model), set(), [(m, m.training) for m in model.modules()]
-    handles = [m.register_forward_hook(lambda m, *_: reached.add(m)) for _, m in found]
-    try:
+    found, reached = _outermost(model), set()
+    with _restoring(model.modules(), "training"), contextlib.ExitStack() as hooks, torch.enable_grad():
+        for _, layer in found:
+            hooks.enter_context(layer.register_forward_hook(lambda m, *_: reached.add(m)))
         model.eval()
-        with torch.enable_grad():
-            out, generator = run(), torch.Generator().manual_seed(0)
-            _require(out, "the model's output holds no floating tensor; give a loss_fn(model, batch)")
-            loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in out)
+        out, generator = run(), torch.Generator().manual_seed(0)
+        _require(out, "the model's output holds no floating tensor; give a loss_fn(model, batch)")
+        loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in out)
         wrong = {n: problem for n, m in found if (problem := _problem(m, m in reached, loss))}
         if all(m.mergeable for _, m in found):
             with merged(model), torch.no_grad():
@@ -774,11 +761,6 @@ def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str,
             for a, b in zip(folded, out):
                 if (a - b).abs().max() > {torch.float64: 1e-10, torch.float32: 1e-4}.get(a.dtype, 0.05) * b.abs().max():
                     wrong[""] = f"with merged weights the output differs by {(a - b).abs().max():.0e}"
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, mode in modes:
-            m.training = mode
     return wrong
 
 
@@ -805,17 +787,14 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
 
         loft.refresh(model, selectors.select(model, batches, loss_fn, rank), optimizer)
 
-    Outputs do not change but for rounding. R_past = I + P (T − I) Pᵀ stays one rotation, with P an orthonormal basis of
-    all supports so far, so W0 stays as it is (a quantised or tied one too) and `save` stays compact. Layers that
-    `support` does not name go on as they are. In `optimizer` the new generators take the place of the old, with no state:
-    moments are kept per entry of a generator, and in another support an entry is another plane.
-
-    Raises ValueError naming a layer that cannot be refreshed; nothing has changed then.
+    Outputs do not change but for rounding. R_past = I + P (T − I) Pᵀ stays one rotation, with P an orthonormal basis of all
+    supports so far, so W0 stays as it is (a quantised or tied one too) and `save` stays compact. Layers that `support` does
+    not name go on as they are. In `optimizer` the new generators take the place of the old, with no state: an entry in
+    another support is another plane. Raises ValueError naming a layer that cannot be refreshed; nothing has changed then.
     """
     found, outermost, new = dict(_adapted(model, name, single=True)), {m for _, m in _outermost(model)}, {}
-    if unknown := [n for n in support if n not in found]:
-        raise ValueError(f"layer {unknown[0]!r} is not adapted; adapted are: {', '.join(found)}")
     for n, P in support.items():
+        _require(n in found, f"layer {n!r} is not adapted; adapted are: {', '.join(found)}")
         layer, old = found[n], found[n].rotation
         with _naming(n):
             _require(getattr(old, "P", None) is not None, f"method {layer.method!r} has no support to refresh")
@@ -854,13 +833,10 @@ def regularizer(model: nn.Module) -> Tensor:
     return sum((T.regularizer() for T in transforms if hasattr(T, "regularizer")), torch.zeros((), device=_device(model)))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ files
 
 def save(model: nn.Module, path, *, name: str | None = None) -> None:
-    """Writes the adapter (supports, generators, settings; of several, the one called `name`) and whatever else of the model
-    is trainable to `path`.
+    """Writes the adapter (supports, generators, settings; of several, the one called `name`) and what else is trainable.
 
     Written beside `path` and then moved over it: an interrupted save leaves the older file. P itself is stored, since a
     support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's, followed by
@@ -882,11 +858,10 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
 
 
 def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
-    """Puts the adapter at `path` on `model` under `name`: put on new, as the file says, or into one of that name, which
-    must agree.
+    """Puts the adapter at `path` on `model` under `name`, new, as the file says, or into one of that name, which must agree.
 
-    Nothing is executed from the file (weights_only). Everything is checked before the model is touched.
-    Raises ValueError naming each layer, shape or setting that differs, or saying that the file is not an adapter.
+    Nothing is executed from the file (weights_only). Everything is checked before the model is touched: ValueError naming
+    each layer, shape or setting that differs, or saying that the file is not an adapter.
     """
     path = os.fspath(path)
     with open(path, "rb") as f:
@@ -909,10 +884,8 @@ def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
 def from_peft(source, model: nn.Module | None = None) -> nn.Module:
     """Takes over an adapter trained with peft's OFT, BOFT, HRA, PSOFT or LoRA: same outputs, and it trains on.
 
-    Args:
-        source: a PeftModel (its adapter is taken off, and its base model adapted here instead), or the folder that
-            save_pretrained wrote, with `model` the base model to adapt.
-    Raises ValueError for what has no counterpart here (a setting, a kind of layer), by name.
+    `source` is a PeftModel (its adapter is taken off, and its base model adapted here instead), or the folder that
+    save_pretrained wrote, with `model` the base model to adapt. Raises ValueError for what has no counterpart here, by name.
     """
     bases, payload, unload = _beside("interop").read_peft(source, model)
     for name, spec in payload["layers"].items():                              # all of it fits, before anything is taken apart
@@ -928,7 +901,8 @@ def to_peft(model: nn.Module, path) -> None:
 def _payload(model: nn.Module, name: str | None = None) -> dict:
     """What `save` writes, plain containers and tensors: all that builds the adapter of each layer again, and what else trains."""
     specs = {n: dict(method=layer.method, side=layer.side, shape=list(_shape(layer)), config=layer.rotation.config,
-                     dtype=str(layer.rotation.dtype).removeprefix("torch."), state={k: v.cpu() for k, v in layer.adapter_state().items()})
+                     dtype=str(layer.rotation.dtype).removeprefix("torch."),
+                     state={k: v.cpu() for k, v in layer.adapter_state().items()})
              for n, layer in _adapted(model, name, single=True)}
     trainable = {n: p.detach().cpu() for n, p in _plain_parameters(model).items() if p.requires_grad}
     return {"format": "loft", "version": 1, "trainable": trainable, "layers": specs}
@@ -994,9 +968,7 @@ def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Mo
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Supports from the weight alone
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ supports from the weight alone
 
 def principal(W: Tensor, r: int, svd: str = "auto") -> Tensor:
     """Top r right singular vectors of W (out, in) → P (in, r), float32 or wider (PSOFT, arXiv 2505.11235).
@@ -1058,9 +1030,7 @@ def _check_support(P: Tensor, d: int) -> int:
     return P.shape[1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Small helpers
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ small helpers
 
 def _plain_name(name: str, wrappers) -> str:
     """The name in the plain model of what is called `name` in an adapted one: without the "base" of each of its wrappers."""
@@ -1135,7 +1105,8 @@ def _require(condition, otherwise: str) -> None:
 
 def _require_mergeable(found: list[tuple[str, LOFTLinear]]) -> None:
     for n, layer in found:
-        _require(layer.mergeable, f"layer {n!r}: a {type(layer.plain).__name__} has no floating weight to merge into; keep it adapted")
+        _require(layer.mergeable,
+                 f"layer {n!r}: a {type(layer.plain).__name__} has no floating weight to merge into; keep it adapted")
 
 
 def _one_of(what: str, value, valid: Iterable[str]) -> None:
