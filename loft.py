@@ -490,11 +490,10 @@ class LOFTLinear(_Adapter):
 class LOFTConv2d(LOFTLinear):
     """A convolution with its kernel, as a matrix (out, channels × height × width), rotated: one thin product a forward pass."""
 
+    _conv_forward = property(lambda self: self.base._conv_forward)
+
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.weight, self.bias)
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.base._conv_forward(x, weight, bias)
 
 
 class LoRALinear(LOFTLinear):

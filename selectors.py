@@ -40,13 +40,11 @@ else:
 KINDS = ("random", "coordinate", "principal", "minor", "activation", "gradient", "paired", "rescored", "skew")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From W0 alone
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ from W0 alone
 
 def random(W: Tensor, r: int, generator: torch.Generator | None = None) -> Tensor:
     """Uniformly random support, for W (out, in)."""
-    return _orthonormal(torch.randn(W.shape[1], _rank(r, W), generator=generator, dtype=_wide(W).dtype)).to(W.device)
+    return _start(W, 1, _rank(r, W.shape[1]), generator)
 
 
 def principal(W: Tensor, r: int) -> Tensor:
@@ -62,12 +60,10 @@ def minor(W: Tensor, r: int) -> Tensor:
     short = min(W.shape)
     if r > short:
         raise ValueError(f"rank {r}: W {tuple(W.shape)} has only {short} singular directions outside its null space")
-    return torch.linalg.svd(_wide(W), full_matrices=False)[2][short - _rank(r, W):].mT.contiguous()
+    return torch.linalg.svd(_wide(W), full_matrices=False)[2][short - _rank(r, W.shape[1]):].mT.contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From the gradient or the inputs
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ from the gradient or the inputs
 
 def gradient(W: Tensor, G: Tensor, r: int) -> Tensor:
     """Top r right singular vectors of G (out, in). It holds where G looks, and misses where W0 sends it: see `paired`."""
@@ -84,8 +80,7 @@ def coordinate(W: Tensor, G: Tensor, r: int) -> Tensor:
     W, G = _wide(W), _wide(G)
     # column norms of S without S: ‖S e_i‖² = ¼ (‖W0ᵀg_i‖² + ‖Gᵀw_i‖² − 2 ⟨W0ᵀg_i, Gᵀw_i⟩), a block of columns at a time
     norms = torch.cat([(W.mT @ g - G.mT @ w).norm(dim=0) for w, g in zip(W.split(1024, 1), G.split(1024, 1))])
-    chosen = norms.topk(_rank(r, W)).indices.sort().values
-    return torch.eye(W.shape[1], dtype=W.dtype, device=W.device)[:, chosen]
+    return _axes(norms, _rank(r, W.shape[1]))
 
 
 def paired(W: Tensor, G: Tensor, r: int) -> Tensor:
@@ -95,7 +90,7 @@ def paired(W: Tensor, G: Tensor, r: int) -> Tensor:
     An odd r takes one more v.
     """
     U, _, Vh = torch.linalg.svd(_wide(G), full_matrices=False)
-    return _pairs(_wide(W), U, Vh.mT, _rank(r, W))
+    return _pairs(_wide(W), U, Vh.mT, _rank(r, W.shape[1]))
 
 
 def rescored(W: Tensor, G: Tensor, r: int, pool: int = 4) -> Tensor:
@@ -103,8 +98,7 @@ def rescored(W: Tensor, G: Tensor, r: int, pool: int = 4) -> Tensor:
 
     Between `principal` (pool = 1) and `skew` (pool·r = in): what the task asks for, within what the layer does most.
     """
-    V = _right_singular(W, min(pool * _rank(r, W), W.shape[1]))
-    return V @ planes(V.mT @ _skew_times(W, _wide(W) @ V, _wide(G) @ V, G), r)[0]
+    return _rescore(lambda n: _wide(W), _products(_wide(G)), {"W": _rank(r, W.shape[1])}, pool)["W"][0]
 
 
 def skew(W: Tensor, G: Tensor, r: int, generator: torch.Generator | None = None) -> Tensor:
@@ -113,11 +107,10 @@ def skew(W: Tensor, G: Tensor, r: int, generator: torch.Generator | None = None)
     Exact up to in = 1024. Above, randomised subspace iteration with thin products (S is never formed) and
     Rayleigh–Ritz. An odd r holds (r−1)/2 planes and one direction that is of no use to first order.
     """
-    W, G, r = _wide(W), _wide(G), _rank(r, W)
+    W, G, r = _wide(W), _wide(G), _rank(r, W.shape[1])
     if W.shape[1] <= 1024:
         return planes((W.mT @ G - G.mT @ W) / 2, r)[0]
-    products = lambda pairs: {n: (G @ A, G.mT @ B) for n, (A, B) in pairs.items()}
-    return _iterate(lambda n: W, products, {"W": r}, 5, 16, generator)["W"][0]
+    return _iterate(lambda n: W, _products(G), {"W": r}, 5, 16, generator)["W"][0]
 
 
 def planes(S: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -135,15 +128,13 @@ def planes(S: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def score(W: Tensor, G: Tensor, P: Tensor) -> float:
     """‖PᵀSP‖_F, with PᵀSP = ½ ((W0P)ᵀ(GP) − (GP)ᵀ(W0P)): r × r from thin products."""
     P = _wide(P)
-    WP, GP = _wide(W).to(P.dtype) @ P, _wide(G).to(P.dtype) @ P
-    M = WP.mT @ GP
+    M = (_wide(W).to(P.dtype) @ P).mT @ (_wide(G).to(P.dtype) @ P)
     return ((M - M.mT) / 2).norm().item()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Over a model. Everything below asks one thing of the gradient: its thin products G A and GᵀB, which hooks sum over
-# batches, G A = Σ δᵀ(x A), GᵀB = Σ xᵀ(δ B), from a layer's input rows x (n, in) and output gradients δ (n, out).
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ over a model
+# Everything below asks one thing of the gradient: its thin products G A and GᵀB, which hooks sum over batches,
+# G A = Σ δᵀ(x A), GᵀB = Σ xᵀ(δ B), from a layer's input rows x (n, in) and output gradients δ (n, out).
 
 class Supports(dict):
     """{layer: P (in, r)}, and in .sigma {layer: σ_1 ≥ σ_2 ≥ …}, the strengths of the planes P[:, 0:2], P[:, 2:4], …"""
@@ -180,77 +171,60 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     ranks = {n: rank.get(n) if isinstance(rank, dict) else rank for n in found}
     if odd := [n for n, r in ranks.items() if isinstance(r, int) and r % 2 and kind in ("skew", "rescored")]:
         warnings.warn(f"an odd rank ({ranks[odd[0]]} in {odd[0]}) holds one direction that is in no plane: take an even one")
-    turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
-    W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
-    for n in found:
+    for n, m in found.items():
         try:
-            _rank(ranks[n], turn(_matrix(found[n])))
+            _rank(ranks[n], _shape(m, side)[1])
         except ValueError as e:
             raise ValueError(f"layer {n!r}: {e}") from None
-    generator, supports = torch.Generator().manual_seed(seed), Supports()
+    turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
+    W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
+    generator, second = torch.Generator().manual_seed(seed), kind == "activation"
     if kind in ("random", "principal", "minor"):
         choose = {"random": lambda W, r: random(W, r, generator), "principal": principal, "minor": minor}[kind]
         return Supports({n: choose(W(n), ranks[n]) for n in found})
     batches = list(batches) if iter(batches) is batches else batches
-    dense = [n for n in found if (max(_matrix(found[n]).shape) <= 1024 if exact is None else exact)]
+    dense = {n: m for n, m in found.items() if (max(_shape(m)) <= 1024 if exact is None else exact)}
+    chosen: dict[str, tuple[Tensor, Tensor]] = {}                             # {layer: (P, σ of its planes)}
     if dense:
-        sums = moments(model, batches, loss_fn, {n: found[n] for n in dense}, side if kind == "activation" else None)
-        for n, M in sums.items():
-            supports[n], supports.sigma[n] = _dense(kind, W(n), turn(M), ranks[n], pool, None if exact else generator)
-    if thin := {n: m for n, m in found.items() if n not in dense}:
-        def products(pairs):                                                  # on the output side A and B change places
-            pairs = pairs if side == "input" else {n: (B, A) for n, (A, B) in pairs.items()}
-            done = _thin_products(model, batches, loss_fn, {n: thin[n] for n in pairs}, pairs, side if kind == "activation" else None)
-            return done if side == "input" else {n: (B, A) for n, (A, B) in done.items()}
-        chosen = _streaming(kind, W, products, {n: ranks[n] for n in thin}, passes, oversample, pool, generator)
-        for n, (P, sigma) in chosen.items():
-            supports[n], supports.sigma[n] = P, sigma
-    missing = [n for n in found if n not in supports]
-    if len(missing) == len(found):
+        largest = sys.maxsize if exact else 256                               # above, an eigendecomposition outlasts the pass
+        for n, M in moments(model, batches, loss_fn, dense, side if second else None).items():
+            chosen[n] = _dense(kind, n, W(n), turn(M), ranks[n], pool, largest, generator)
+    if thin := {n: r for n, r in ranks.items() if n not in dense}:
+        products = lambda pairs: _thin_products(model, batches, loss_fn, {n: found[n] for n in pairs}, pairs, side, second)
+        chosen |= _streaming(kind, W, products, thin, passes, oversample, pool, generator)
+    if not chosen:
         raise ValueError("the loss does not depend on any target layer")
-    if missing:
+    if missing := [n for n in found if n not in chosen]:
         warnings.warn(f"no gradient reached {', '.join(missing)}: no support chosen there")
-    order = [n for n in found if n in supports]
-    return Supports({n: supports[n] for n in order}, {n: supports.sigma[n] for n in order})
+    order = [n for n in found if n in chosen]
+    return Supports({n: chosen[n][0] for n in order}, {n: chosen[n][1] for n in order})
 
 
-def _dense(kind: str, W: Tensor, M: Tensor, r: int, pool: int, generator) -> tuple[Tensor, Tensor]:
-    """(P, σ of its planes) from the dense gradient M = G, or the dense second moment for `activation`.
-
-    With a generator, `skew` iterates above in = 256, where an eigendecomposition would take longer than the pass.
-    """
-    if kind == "skew" and generator is not None and W.shape[1] > 256:
-        products = lambda pairs: {n: (M @ A, M.mT @ B) for n, (A, B) in pairs.items()}
-        return _iterate(lambda n: W, products, {"": r}, 8, 16, generator)[""]
+def _dense(kind: str, n: str, W: Tensor, M: Tensor, r: int, pool: int, largest: int, generator) -> tuple[Tensor, Tensor]:
+    """(P, σ) of layer n from its dense gradient M = G, or dense second moment for `activation`; above in = `largest`, `skew`
+    iterates."""
+    if kind == "rescored":
+        return _rescore(lambda n: W, _products(M), {n: r}, pool)[n]
+    if kind == "skew" and W.shape[1] > largest:
+        return _iterate(lambda n: W, _products(M), {n: r}, 8, 16, generator)[n]
     if kind == "skew":
         P, sigma = planes((W.mT @ M - M.mT @ W) / 2, r)
         return P, sigma[:r // 2]
-    if kind == "rescored":
-        P = rescored(W, M, r, pool)
-        return P, planes(P.mT @ _skew_times(W, W @ P, M @ P, M), r)[1]
-    return activation(M, r) if kind == "activation" else {"coordinate": coordinate, "gradient": gradient,
-                                                          "paired": paired}[kind](W, M, r), torch.empty(0)
+    choose = {"coordinate": coordinate, "gradient": gradient, "paired": paired, "activation": lambda W, M, r: activation(M, r)}
+    return choose[kind](W, M, r), torch.empty(0)
 
 
 def _streaming(kind: str, W, products, ranks: dict[str, int], passes: int, oversample: int, pool: int,
                generator) -> dict[str, tuple[Tensor, Tensor]]:
     """{layer: (P, σ)} by passes of thin products, for all layers at once."""
-    none = torch.empty(0)
     if kind == "skew":
         return _iterate(W, products, ranks, passes, oversample, generator)
-    if kind == "rescored":                                                    # the subspace is known: one pass measures it
-        V = {n: _right_singular(M, min(pool * ranks[n], M.shape[1])) for n in ranks for M in [W(n)]}
-        done = products({n: (V[n], W(n) @ V[n]) for n in V})
-        best = {n: planes(V[n].mT @ (W(n).mT @ GV - GtWV) / 2, ranks[n]) for n, (GV, GtWV) in done.items()}
-        return {n: (V[n] @ P, sigma[:ranks[n] // 2]) for n, (P, sigma) in best.items()}
-    A, B = ({n: _start(W(n), side, min(ranks[n] + oversample, *W(n).shape), generator) for n in ranks} for side in (1, 0))
+    if kind == "rescored":
+        return _rescore(W, products, ranks, pool)
     if kind == "coordinate":                                                  # row norms of S Q, Q spanning S's strongest planes
-        for i in range(passes):
-            done = products({n: (A[n], W(n) @ A[n]) for n in A})
-            SQ = {n: (W(n).mT @ GA - GtB) / 2 for n, (GA, GtB) in done.items()}
-            A = {n: _orthonormal(X) for n, X in SQ.items()}
-        eye = lambda n: torch.eye(W(n).shape[1], dtype=W(n).dtype, device=W(n).device)
-        return {n: (eye(n)[:, X.norm(dim=1).topk(ranks[n]).indices.sort().values], none) for n, X in SQ.items()}
+        _, SQ = _subspace(W, products, ranks, passes, oversample, generator)
+        return {n: (_axes(X.norm(dim=1), ranks[n]), torch.empty(0)) for n, X in SQ.items()}
+    A, B = ({n: _start(W(n), side, min(r + oversample, *W(n).shape), generator) for n, r in ranks.items()} for side in (1, 0))
     for i in range(passes):                                                   # activation: A → C A; else A → GᵀB, B → G A
         done = products({n: (A[n], B[n]) for n in A})
         if i < passes - 1:
@@ -258,20 +232,34 @@ def _streaming(kind: str, W, products, ranks: dict[str, int], passes: int, overs
             B = {n: _orthonormal(GA) for n, (GA, _) in done.items()}
     chosen = {}
     for n, (GA, _) in done.items():
-        r = ranks[n]
         U, _, Zh = torch.linalg.svd(GA, full_matrices=False)                  # G ≈ (G A) Aᵀ = U Σ (A Zhᵀ)ᵀ
-        V = A[n] @ Zh.mT
-        chosen[n] = (_pairs(W(n), U, V, r) if kind == "paired" else _orthonormal(V, r)[:, :r]), none
+        V, r = A[n] @ Zh.mT, ranks[n]
+        chosen[n] = (_pairs(W(n), U, V, r) if kind == "paired" else _orthonormal(V, r)[:, :r]), torch.empty(0)
+    return chosen
+
+
+def _products(G: Tensor):
+    """G A and GᵀB of a dense G, in the form of passes over batches."""
+    return lambda pairs: {n: (G @ A, G.mT @ B) for n, (A, B) in pairs.items()}
+
+
+def _rescore(W, products, ranks: dict[str, int], pool: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """`rescored`, for all layers: the subspaces V are known, so one pass measures VᵀSV. {layer: (P (in, r), σ (r/2))}"""
+    V = {n: _right_singular(W(n), min(pool * r, W(n).shape[1])) for n, r in ranks.items()}
+    done, chosen = products({n: (V[n], W(n) @ V[n]) for n in V}), {}
+    for n, (GV, GtWV) in done.items():
+        P, sigma = planes(V[n].mT @ (W(n).mT @ GV - GtWV) / 2, ranks[n])
+        chosen[n] = V[n] @ P, sigma[:ranks[n] // 2]
     return chosen
 
 
 def _start(W: Tensor, side: int, k: int, generator) -> Tensor:
-    """A random orthonormal (in or out, k) to iterate from, on W's device and in its dtype."""
-    return _orthonormal(torch.randn(W.shape[side], k, generator=generator, dtype=W.dtype)).to(W.device)
+    """A random orthonormal (in or out, k), on W's device and in its dtype, float32 or wider."""
+    return _orthonormal(torch.randn(W.shape[side], k, generator=generator, dtype=_wide(W).dtype)).to(W.device)
 
 
-def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, generator) -> dict:
-    """Subspace iteration on S for all layers at once, then Rayleigh–Ritz on QᵀSQ: {layer: (P (in, r), σ (r/2))}.
+def _subspace(W, products, ranks: dict[str, int], passes: int, oversample: int, generator) -> tuple[dict, dict]:
+    """Subspace iteration on S for all layers at once: {layer: Q (in, k)} and {layer: S Q}.
 
     S Q = ½ (W0ᵀ(G Q) − Gᵀ(W0 Q)): a pass each. In memory a layer has Q, W0Q, their two products and S Q.
     """
@@ -282,6 +270,12 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
         if i < passes - 1:
             Q.clear()                                                         # what is not needed goes before more is made
             Q.update({n: _orthonormal(SQ.pop(n)) for n in list(SQ)})
+    return Q, SQ
+
+
+def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, generator) -> dict[str, tuple[Tensor, Tensor]]:
+    """`skew`, for all layers: the subspace, then Rayleigh–Ritz on QᵀSQ. {layer: (P (in, r), σ (r/2))}"""
+    Q, SQ = _subspace(W, products, ranks, passes, oversample, generator)
     chosen, rough = {}, []
     for n, X in SQ.items():
         V, sigma = planes(Q[n].mT @ X, ranks[n])
@@ -297,21 +291,16 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
 
 def scores(model: nn.Module, batches, loss_fn, supports: dict[str, Tensor], *, side: str = "input") -> dict[str, float]:
     """{layer: ‖PᵀSP‖_F} of given supports, in one pass of thin products: PᵀSP = ½ ((W0P)ᵀ(GP) − (GP)ᵀ(W0P))."""
-    found, result = {n: model.get_submodule(n) for n in supports}, {}
-    P = {n: _wide(X) for n, X in supports.items()}
-    empty = lambda n, i: P[n].new_zeros(_matrix(found[n]).shape[i], 0)
-    pairs = {n: (P[n], empty(n, 0)) if side == "input" else (empty(n, 1), P[n]) for n in P}
-    for n, (GA, GtB) in _thin_products(model, batches, loss_fn, found, pairs).items():
+    found, P, result = {n: model.get_submodule(n) for n in supports}, {n: _wide(X) for n, X in supports.items()}, {}
+    pairs = {n: (P[n], P[n].new_zeros(_shape(m, side)[0], 0)) for n, m in found.items()}
+    for n, (GP, _) in _thin_products(model, batches, loss_fn, found, pairs, side).items():
         W = _wide(_matrix(found[n]))
-        WP = (W if side == "input" else W.mT) @ P[n]
-        M = WP.mT @ (GA if side == "input" else GtB)
+        M = ((W if side == "input" else W.mT) @ P[n]).mT @ GP
         result[n] = ((M - M.mT) / 2).norm().item()
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Ranks under a budget, several tasks
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ ranks under a budget, several tasks
 
 def spend(sigma: dict[str, Tensor], budget: int) -> dict[str, int]:
     """Even ranks r that collect the most Σ 2σ_j² for Σ r(r−1)/2 ≤ budget parameters; layers that get none are left out.
@@ -343,8 +332,8 @@ def within(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max
     """Supports of kind "skew" whose ranks spend `budget` parameters of dense transforms where the planes are strongest: one
     selection at max_rank, `spend`, `trim`. `options` go to `select`.
     """
-    found, side = _target_layers(model, targets), 0 if options.get("side") == "output" else 1
-    rank = {n: r for n, m in found.items() if (r := min(max_rank, _matrix(m).shape[side]) // 2 * 2)}
+    found, side = _target_layers(model, targets), options.get("side", "input")
+    rank = {n: r for n, m in found.items() if (r := min(max_rank, _shape(m, side)[1]) // 2 * 2)}
     wide = select(model, batches, loss_fn, rank, "skew", {n: found[n] for n in rank}, **options)
     return trim(wide, spend(wide.sigma, budget))
 
@@ -371,9 +360,7 @@ def union(tasks: list[Supports], rank: int) -> Supports:
     return joined
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One pass over the batches
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ one pass over the batches
 
 def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], second: str | None = None) -> dict[str, Tensor]:
     """Dense sums over `batches`: the gradient G = Σ δᵀx (out, in) of every layer; or, with second="input" or "output",
@@ -382,51 +369,49 @@ def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], se
     sums = {}
 
     def add(name, x, delta, y):
-        a, b = (delta, x) if second is None else _counted(x if second == "input" else y, delta)
+        a, b = (delta, x) if second is None else [_counted(x if second == "input" else y, delta)] * 2
         sums[name] = sums[name].addmm_(a.mT, b) if name in sums else a.mT @ b
+
+    def zeros(name):
+        W, shape = layers[name].weight, _shape(layers[name], second or "input")
+        return torch.zeros(shape[second is not None], shape[1], dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
     _sweep(model, batches, loss_fn, layers, add, second == "output")
-    return _reduce(sums, layers, lambda m: (_matrix(m).shape if second is None else [_matrix(m).shape[second == "input"]] * 2))
+    return _reduce(sums, layers, zeros)
 
 
-def _thin_products(model, batches, loss_fn, layers, pairs, second: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """{layer: (G A (out, k), GᵀB (in, k))} for pairs (A (in, k), B (out, k)); with `second`, C A in both places, C = Σ xᵀx."""
-    left, right = {}, {}
+def _thin_products(model, batches, loss_fn, layers, pairs, side: str, second: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (G A (out, k), GᵀB (in, k))} for pairs (A (in, k), B (out, k)), where side="output" means Gᵀ for G, and in for
+    out; with `second`, C A in both places, C the second moment of the inputs (outputs).
+    """
+    sums = {}, {}
 
     def add(name, x, delta, y):
-        A, B = pairs[name]
-        if second is None:
-            a, b = delta.mT @ (x @ A), x.mT @ (delta @ B)
-        else:
-            rows, X = _counted(x if second == "input" else y, delta)[0], A if second == "input" else B
-            a = b = rows.mT @ (rows @ X)
-        left[name], right[name] = (left[name] + a, right[name] + b) if name in left else (a, b)
-    _sweep(model, batches, loss_fn, layers, add, second == "output")
-    shape = lambda i, j: lambda n: (_matrix(layers[n]).shape[i], pairs[n][j].shape[1])
-    if second is None:
-        shapes = shape(0, 0), shape(1, 1)
-    else:
-        shapes = [shape(1, 0) if second == "input" else shape(0, 1)] * 2
-    left, right = (_reduce(part, {n: n for n in layers}, s, pairs) for part, s in zip((left, right), shapes))
+        (A, B), (u, v) = pairs[name], (x, delta) if side == "input" else (delta, x)
+        rows = _counted(x if side == "input" else y, delta) if second else None
+        both = [rows.mT @ (rows @ A)] * 2 if second else (v.mT @ (u @ A), u.mT @ (v @ B))
+        for part, X in zip(sums, both):
+            part[name] = part[name] + X if name in part else X
+
+    _sweep(model, batches, loss_fn, layers, add, second and side == "output")
+    zeros = lambda n, i: pairs[n][0].new_zeros(_shape(layers[n], side)[second or i], pairs[n][not second and i].shape[1])
+    left, right = (_reduce(part, layers, lambda n: zeros(n, i)) for i, part in enumerate(sums))
     return {n: (left[n], right[n]) for n in left}
 
 
-def _counted(rows: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that the loss depends on, twice: a row with δ = 0 is padding."""
-    rows = rows[delta.any(dim=1)]
-    return rows, rows
+def _counted(rows: Tensor, delta: Tensor) -> Tensor:
+    """The rows that the loss depends on: one with δ = 0 is padding."""
+    return rows[delta.any(dim=1)]
 
 
-def _reduce(sums: dict[str, Tensor], layers: dict, shape, like=None) -> dict[str, Tensor]:
-    """Sums over the ranks of torch.distributed, if it runs; a layer that only another rank reached counts as zero here."""
+def _reduce(sums: dict[str, Tensor], names, zeros) -> dict[str, Tensor]:
+    """Sums over the ranks of torch.distributed, if it runs; a layer that only another rank reached counts as zeros(n) here."""
     for n, X in sums.items():
         if not X.isfinite().all():
             raise ValueError(f"layer {n!r}: its gradient (or input) is not finite")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums
-    for n, layer in layers.items():
-        if n not in sums:
-            t = like[n][0] if like else layer.weight
-            sums[n] = torch.zeros(*shape(layer), dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
+    for n in names:
+        sums[n] = sums[n] if n in sums else zeros(n)
         torch.distributed.all_reduce(sums[n])
     return {n: X for n, X in sums.items() if X.any() or not X.numel()}
 
@@ -491,9 +476,7 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
             m.training = mode
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Helpers
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------ helpers
 
 def _wide(X: Tensor) -> Tensor:
     """Detached, float32 or wider."""
@@ -518,6 +501,13 @@ def _matrix(module: nn.Module) -> Tensor:
         return (module(x) - module(0 * x[:1])).mT
 
 
+def _shape(module: nn.Module, side: str = "input") -> tuple[int, int]:
+    """(out, in) of `_matrix`; (in, out) for side="output"."""
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    shape = features if isinstance(features[0], int) else tuple(_matrix(module).shape)   # of Conv1D and Conv2d: a view
+    return shape if side == "input" else shape[::-1]
+
+
 def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
     """Inputs or outputs of `module` as rows (n, features), float32 or wider; of a convolution, a row a position (its patch)."""
     conv, x = module, _wide(x)
@@ -536,10 +526,15 @@ def _unit(X: Tensor) -> Tensor:
     return X / X.norm(dim=0).clamp(min=torch.finfo(X.dtype).tiny)
 
 
-def _rank(r: int, W: Tensor) -> int:
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= W.shape[1]:
-        raise ValueError(f"rank {r!r} must be an int between 1 and the dimension, {W.shape[1]}")
+def _rank(r: int, d: int) -> int:
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= d:
+        raise ValueError(f"rank {r!r} must be an int between 1 and the dimension, {d}")
     return r
+
+
+def _axes(norms: Tensor, r: int) -> Tensor:
+    """The columns of the identity where norms (d,) are largest → (d, r)."""
+    return torch.eye(len(norms), dtype=norms.dtype, device=norms.device)[:, norms.topk(r).indices.sort().values]
 
 
 def _pairs(W: Tensor, U: Tensor, V: Tensor, r: int) -> Tensor:
@@ -557,12 +552,7 @@ def _orthonormal(X: Tensor, r: int | None = None) -> Tensor:
 
 def _right_singular(M: Tensor, r: int) -> Tensor:
     """Top r right singular vectors of M (n, d) → (d, r); beyond min(n, d) it goes on into the null space."""
-    return torch.linalg.svd(_wide(M), full_matrices=_rank(r, M) > min(M.shape))[2][:r].mT.contiguous()
-
-
-def _skew_times(W: Tensor, WX: Tensor, GX: Tensor, G: Tensor) -> Tensor:
-    """S X = ½ (W0ᵀ(G X) − Gᵀ(W0 X)), (in, k), from thin products."""
-    return (_wide(W).mT @ GX - _wide(G).mT @ WX) / 2
+    return torch.linalg.svd(_wide(M), full_matrices=_rank(r, M.shape[1]) > min(M.shape))[2][:r].mT.contiguous()
 
 
 def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
