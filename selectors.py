@@ -29,7 +29,6 @@ if __name__ == "selectors":
     sys.modules["selectors"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["selectors"])
 else:
-    import heapq
     import re
     import sys
     import warnings
@@ -98,7 +97,8 @@ def rescored(W: Tensor, G: Tensor, r: int, pool: int = 4) -> Tensor:
 
     Between `principal` (pool = 1) and `skew` (pool·r = in): what the task asks for, within what the layer does most.
     """
-    return _rescore(lambda n: _wide(W), _products(_wide(G)), {"W": _rank(r, W.shape[1])}, pool)["W"][0]
+    W = _wide(W)
+    return _rescore(lambda n: W, _products(_wide(G)), {"W": _rank(r, W.shape[1])}, pool)["W"][0]
 
 
 def skew(W: Tensor, G: Tensor, r: int, generator: torch.Generator | None = None) -> Tensor:
@@ -147,7 +147,7 @@ class Supports(dict):
 def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind: str = "skew", targets=None, *,
            side: str = "input", passes: int = 3, oversample: int = 16, exact: bool | None = None, pool: int = 4,
            seed: int = 0) -> Supports:
-    """Chooses a support for every target layer, for `loft.adapt(model, support=…)`. Layers not reached are warned of and left out.
+    """Chooses a support for every target layer, for `loft.adapt(model, support=…)`. Layers not reached are warned of, left out.
 
     Args:
         batches: iterable of whatever loss_fn takes (a one-shot iterator is kept in a list); gradients are summed,
@@ -158,10 +158,10 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
             (rank + oversample) by randomised subspace iteration over `passes` passes; None: dense G in one pass where
             in and out are at most 1024, decomposed exactly up to in = 256 and by eight iterations above.
         pool: of `rescored`. seed: of random starts; the result is a function of it.
-    Weights keep requires_grad as it was and get no .grad; the model runs in eval mode and is put back. Works under
-    autocast and in bf16 (sums are float32), with checkpointing and with layers that are called several times; rows
-    that the loss does not depend on (padding) count nothing. Products with S need layer.weight; an adapted layer counts
-    as the layer it is now, rotated weight and all.
+    Weights keep requires_grad as it was and get no .grad; the model runs in eval mode and is put back. Works under autocast
+    and in bf16 (sums are float32), with checkpointing and with layers that are called several times; rows that the loss does
+    not depend on (padding) count nothing. An adapted layer counts as the layer it is now, rotated weight and all.
+    Raises ValueError for what does not fit, naming the layer, and for a loss that is not finite or depends on no target.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; valid: {', '.join(KINDS)}")
@@ -178,7 +178,7 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
             raise ValueError(f"layer {n!r}: {e}") from None
     turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
     W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
-    generator, second = torch.Generator().manual_seed(seed), kind == "activation"
+    generator, second = torch.Generator().manual_seed(seed), side if kind == "activation" else None
     if kind in ("random", "principal", "minor"):
         choose = {"random": lambda W, r: random(W, r, generator), "principal": principal, "minor": minor}[kind]
         return Supports({n: choose(W(n), ranks[n]) for n in found})
@@ -187,7 +187,7 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     chosen: dict[str, tuple[Tensor, Tensor]] = {}                             # {layer: (P, σ of its planes)}
     if dense:
         largest = sys.maxsize if exact else 256                               # above, an eigendecomposition outlasts the pass
-        for n, M in moments(model, batches, loss_fn, dense, side if second else None).items():
+        for n, M in moments(model, batches, loss_fn, dense, second).items():
             chosen[n] = _dense(kind, n, W(n), turn(M), ranks[n], pool, largest, generator)
     if thin := {n: r for n, r in ranks.items() if n not in dense}:
         products = lambda pairs: _thin_products(model, batches, loss_fn, {n: found[n] for n in pairs}, pairs, side, second)
@@ -226,12 +226,11 @@ def _streaming(kind: str, W, products, ranks: dict[str, int], passes: int, overs
         return {n: (_axes(X.norm(dim=1), ranks[n]), torch.empty(0)) for n, X in SQ.items()}
     A, B = ({n: _start(W(n), side, min(r + oversample, *W(n).shape), generator) for n, r in ranks.items()} for side in (1, 0))
     for i in range(passes):                                                   # activation: A → C A; else A → GᵀB, B → G A
-        done = products({n: (A[n], B[n]) for n in A})
+        done = products({n: (A[n],) if kind == "activation" else (A[n], B[n]) for n in A})
         if i < passes - 1:
-            A = {n: _orthonormal(GtB) for n, (_, GtB) in done.items()}
-            B = {n: _orthonormal(GA) for n, (GA, _) in done.items()}
+            A, B = ({n: _orthonormal(parts[j]) for n, parts in done.items()} for j in (-1, 0))
     chosen = {}
-    for n, (GA, _) in done.items():
+    for n, (GA, *_) in done.items():
         U, _, Zh = torch.linalg.svd(GA, full_matrices=False)                  # G ≈ (G A) Aᵀ = U Σ (A Zhᵀ)ᵀ
         V, r = A[n] @ Zh.mT, ranks[n]
         chosen[n] = (_pairs(W(n), U, V, r) if kind == "paired" else _orthonormal(V, r)[:, :r]), torch.empty(0)
@@ -292,8 +291,7 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
 def scores(model: nn.Module, batches, loss_fn, supports: dict[str, Tensor], *, side: str = "input") -> dict[str, float]:
     """{layer: ‖PᵀSP‖_F} of given supports, in one pass of thin products: PᵀSP = ½ ((W0P)ᵀ(GP) − (GP)ᵀ(W0P))."""
     found, P, result = {n: model.get_submodule(n) for n in supports}, {n: _wide(X) for n, X in supports.items()}, {}
-    pairs = {n: (P[n], P[n].new_zeros(_shape(m, side)[0], 0)) for n, m in found.items()}
-    for n, (GP, _) in _thin_products(model, batches, loss_fn, found, pairs, side).items():
+    for n, (GP,) in _thin_products(model, batches, loss_fn, found, {n: (X,) for n, X in P.items()}, side).items():
         W = _wide(_matrix(found[n]))
         M = ((W if side == "input" else W.mT) @ P[n]).mT @ GP
         result[n] = ((M - M.mT) / 2).norm().item()
@@ -309,15 +307,11 @@ def spend(sigma: dict[str, Tensor], budget: int) -> dict[str, int]:
     possible up to the last plane, for gains fall and costs rise.
     """
     ranks, spent = dict.fromkeys(sigma, 0), 0
-    queue = [(-float(s[0]) ** 2, n) for n, s in sigma.items() if len(s)]      # the first plane costs 1
-    heapq.heapify(queue)
-    while queue:
-        _, n = heapq.heappop(queue)
-        if spent + 2 * ranks[n] + 1 > budget:
-            continue                                                          # too dear; a cheaper layer may still fit
-        spent, ranks[n] = spent + 2 * ranks[n] + 1, ranks[n] + 2
-        if ranks[n] // 2 < len(sigma[n]):
-            heapq.heappush(queue, (-float(sigma[n][ranks[n] // 2]) ** 2 / (2 * ranks[n] + 1), n))
+    gains = [(float(s) ** 2 / (4 * j + 1), n, j) for n, values in sigma.items() for j, s in enumerate(values)]
+    for _, n, j in sorted(gains, key=lambda plane: (-plane[0], plane[2])):
+        cost = 4 * j + 1                                                      # of plane j, at r = 2j
+        if ranks[n] == 2 * j and spent + cost <= budget:                      # too dear: a cheaper layer may still fit
+            spent, ranks[n] = spent + cost, ranks[n] + 2
     if not any(ranks.values()):
         raise ValueError(f"budget={budget} buys no plane (the first costs 1 parameter), or no σ is known: choose with kind='skew'")
     return {n: r for n, r in ranks.items() if r}
@@ -366,54 +360,45 @@ def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], se
     """Dense sums over `batches`: the gradient G = Σ δᵀx (out, in) of every layer; or, with second="input" or "output",
     the second moment Σ xᵀx of its inputs x, or of its outputs.
     """
-    sums = {}
-
-    def add(name, x, delta, y):
-        a, b = (delta, x) if second is None else [_counted(x if second == "input" else y, delta)] * 2
-        sums[name] = sums[name].addmm_(a.mT, b) if name in sums else a.mT @ b
-
-    def zeros(name):
-        W, shape = layers[name].weight, _shape(layers[name], second or "input")
-        return torch.zeros(shape[second is not None], shape[1], dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
-    _sweep(model, batches, loss_fn, layers, add, second == "output")
-    return _reduce(sums, layers, zeros)
+    found = _sums(model, batches, loss_fn, layers, lambda name, x, delta: [(delta, x)], second)
+    return {n: G for n, (G,) in found.items()}
 
 
-def _thin_products(model, batches, loss_fn, layers, pairs, side: str, second: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """{layer: (G A (out, k), GᵀB (in, k))} for pairs (A (in, k), B (out, k)), where side="output" means Gᵀ for G, and in for
-    out; with `second`, C A in both places, C the second moment of the inputs (outputs).
+def _thin_products(model, batches, loss_fn, layers, pairs, side: str, second: str | None = None) -> dict[str, list[Tensor]]:
+    """{layer: [G A (out, k), GᵀB (in, k)]} for pairs (A (in, k), B (out, k)) or (A,); on the output side with Gᵀ for G."""
+    def factors(name, x, delta):
+        rows = (x, delta) if side == "input" else (delta, x)
+        return [(v, u @ X) for u, v, X in zip(rows, rows[::-1], pairs[name])] # δᵀ(x A), xᵀ(δ B)
+    return _sums(model, batches, loss_fn, layers, factors, second)
+
+
+def _sums(model, batches, loss_fn, layers: dict[str, nn.Module], factors, second: str | None) -> dict[str, list[Tensor]]:
+    """{layer: [Σ aᵀb for (a, b) in factors(layer, x, δ)]} over batches, and over the ranks of torch.distributed if it runs.
+
+    With second="input" or "output", the rows of inputs or outputs that the loss depends on stand for both x and δ.
     """
-    sums = {}, {}
+    sums: dict[str, list[Tensor]] = {}
 
     def add(name, x, delta, y):
-        (A, B), (u, v) = pairs[name], (x, delta) if side == "input" else (delta, x)
-        rows = _counted(x if side == "input" else y, delta) if second else None
-        both = [rows.mT @ (rows @ A)] * 2 if second else (v.mT @ (u @ A), u.mT @ (v @ B))
-        for part, X in zip(sums, both):
-            part[name] = part[name] + X if name in part else X
+        if second is not None:
+            x = delta = (x if second == "input" else y)[delta.any(dim=1)]     # a row with δ = 0 is padding
+        new = factors(name, x, delta)
+        sums[name] = ([S.addmm_(a.mT, b) for S, (a, b) in zip(sums[name], new)] if name in sums else
+                      [a.mT @ b for a, b in new])
 
-    _sweep(model, batches, loss_fn, layers, add, second and side == "output")
-    zeros = lambda n, i: pairs[n][0].new_zeros(_shape(layers[n], side)[second or i], pairs[n][not second and i].shape[1])
-    left, right = (_reduce(part, layers, lambda n: zeros(n, i)) for i, part in enumerate(sums))
-    return {n: (left[n], right[n]) for n in left}
-
-
-def _counted(rows: Tensor, delta: Tensor) -> Tensor:
-    """The rows that the loss depends on: one with δ = 0 is padding."""
-    return rows[delta.any(dim=1)]
-
-
-def _reduce(sums: dict[str, Tensor], names, zeros) -> dict[str, Tensor]:
-    """Sums over the ranks of torch.distributed, if it runs; a layer that only another rank reached counts as zeros(n) here."""
-    for n, X in sums.items():
-        if not X.isfinite().all():
+    _sweep(model, batches, loss_fn, layers, add, second == "output")
+    for n, parts in sums.items():
+        if not all(X.isfinite().all() for X in parts):
             raise ValueError(f"layer {n!r}: its gradient (or input) is not finite")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return sums
-    for n in names:
-        sums[n] = sums[n] if n in sums else zeros(n)
-        torch.distributed.all_reduce(sums[n])
-    return {n: X for n, X in sums.items() if X.any() or not X.numel()}
+    for n, layer in layers.items():
+        if n not in sums:                                                     # only another rank reached it: no rows here
+            W = _wide(_matrix(layer))
+            add(n, W[:0], W.mT[:0], W.mT[:0])
+        for X in sums[n]:
+            torch.distributed.all_reduce(X)
+    return {n: parts for n, parts in sums.items() if any(X.any() for X in parts)}
 
 
 def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add, outputs: bool = False) -> None:
@@ -429,14 +414,14 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
             version = x._version
             # frozen weights below this layer: the graph has to begin here (cloned, so later in-place steps may act)
             y = y if y.requires_grad else y.detach().requires_grad_().clone()
-            rows = y.detach().clone() if outputs else None
+            kept = y.detach().clone() if outputs else None
 
             def backward(delta):
                 if x._version != version:
-                    raise ValueError(f"layer {name!r}: its input is changed in place after the call (as in h += layer(h)), so its gradient "
-                                     "cannot be read off; use h = h + layer(h), or leave the layer out of targets")
+                    raise ValueError(f"layer {name!r}: its input is changed in place after the call (as in h += layer(h)), so its "
+                                     "gradient cannot be read off; use h = h + layer(h), or leave the layer out of targets")
                 with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), _rows(rows, module, "output") if outputs else None)
+                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), outputs and _rows(kept, module, "output"))
             y.register_hook(backward)
             return y
         return forward
@@ -522,10 +507,6 @@ def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
-def _unit(X: Tensor) -> Tensor:
-    return X / X.norm(dim=0).clamp(min=torch.finfo(X.dtype).tiny)
-
-
 def _rank(r: int, d: int) -> int:
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= d:
         raise ValueError(f"rank {r!r} must be an int between 1 and the dimension, {d}")
@@ -540,7 +521,8 @@ def _axes(norms: Tensor, r: int) -> Tensor:
 def _pairs(W: Tensor, U: Tensor, V: Tensor, r: int) -> Tensor:
     """Basis of [v_1, W0ᵀu_1, v_2, …] (in, r) from left and right singular vectors in columns."""
     k = (r + 1) // 2
-    return _orthonormal(torch.stack([V[:, :k], _unit(W.mT @ U[:, :k])], -1).flatten(-2)[:, :r], r)
+    WtU = nn.functional.normalize(W.mT @ U[:, :k], dim=0, eps=torch.finfo(W.dtype).tiny)
+    return _orthonormal(torch.stack([V[:, :k], WtU], -1).flatten(-2)[:, :r], r)
 
 
 def _orthonormal(X: Tensor, r: int | None = None) -> Tensor:
@@ -559,25 +541,27 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     """The layers that `loft.target_layers` names: its twin, so that this file needs no other."""
     if isinstance(targets, dict):
         return targets
-    linear = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "in_features", None), int) or isinstance(m, nn.Conv2d)
-              or hasattr(m, "nf") and _floating(m)}
+    linear = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "in_features", None), int)
+              or isinstance(m, nn.Conv2d) or hasattr(m, "nf") and _floating(m)}
     linear = {n: m for n, m in linear.items() if not (n.endswith(".base") and hasattr(linear.get(n[:-5]), "rotation"))}
     if "" in linear:
         return {"": model}
     linear = {n: m for n, m in linear.items() if hasattr(m, "rotation") or not any(k.startswith(n + ".") for k in linear)}
+    lost = []
     if targets is None:
         linear = {n: m for n, m in linear.items() if not isinstance(getattr(m, "base", m), nn.Conv2d)}
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         output = getattr(model, "get_output_embeddings", lambda: None)()
         heads = [n for n, m in linear.items() if m is output or id(getattr(m, "weight", None)) in tied
                  or n.split(".")[-1] in ("lm_head", "head", "classifier", "score")] or list(linear)[-1:]
-        wanted = lambda n, m: n not in heads
+        found = {n: m for n, m in linear.items() if n not in heads}
     elif isinstance(targets, str):
-        wanted = lambda n, m: re.search(targets, n)
+        found = {n: m for n, m in linear.items() if re.search(targets, n)}
+    elif callable(targets):
+        found = {n: m for n, m in linear.items() if targets(n, m)}
     else:
-        wanted = targets if callable(targets) else lambda n, m: any(f".{t}." in f".{n}." for t in targets)
-    found = {n: m for n, m in linear.items() if wanted(n, m)}
-    lost = [] if callable(targets) or isinstance(targets, str | None) else [t for t in targets if not any(f".{t}." in f".{n}." for n in linear)]
+        found = {n: m for n, m in linear.items() if any(f".{t}." in f".{n}." for t in targets)}
+        lost = [t for t in targets if not any(f".{t}." in f".{n}." for n in linear)]
     if not found or lost:
         raise ValueError(f"targets={lost or targets!r} match none of the linear layers: {', '.join(list(linear)[:8])}")
     if grouped := [n for n, m in found.items() if getattr(getattr(m, "base", m), "groups", 1) != 1]:
