@@ -52,10 +52,8 @@ def principal(W: Tensor, r: int) -> Tensor:
 
 
 def minor(W: Tensor, r: int) -> Tensor:
-    """The r right singular vectors of W (out, in) with the smallest singular values.
-
-    Of the min(out, in) that W has: its null space is left out, for a rotation there leaves W0 R = W0.
-    """
+    """The r right singular vectors of W (out, in) with the smallest of its min(out, in) singular values: its null space is
+    left out, for a rotation there leaves W0 R = W0. Raises ValueError for a larger r."""
     short = min(W.shape)
     if r > short:
         raise ValueError(f"rank {r}: W {tuple(W.shape)} has only {short} singular directions outside its null space")
@@ -85,8 +83,7 @@ def coordinate(W: Tensor, G: Tensor, r: int) -> Tensor:
 def paired(W: Tensor, G: Tensor, r: int) -> Tensor:
     """Orthonormal basis of [v_1, W0ᵀu_1, v_2, W0ᵀu_2, …] for the top r/2 singular triplets (u, σ, v) of G.
 
-    For a rank-one G = σ u vᵀ the plane span{v, W0ᵀu} is the best there is; v alone scores exactly 0.
-    An odd r takes one more v.
+    For a rank-one G = σ u vᵀ the plane span{v, W0ᵀu} is the best there is; v alone scores 0. An odd r takes one more v.
     """
     U, _, Vh = torch.linalg.svd(_wide(G), full_matrices=False)
     return _pairs(_wide(W), U, Vh.mT, _rank(r, W.shape[1]))
@@ -107,10 +104,7 @@ def skew(W: Tensor, G: Tensor, r: int, generator: torch.Generator | None = None)
     Exact up to in = 1024. Above, randomised subspace iteration with thin products (S is never formed) and
     Rayleigh–Ritz. An odd r holds (r−1)/2 planes and one direction that is of no use to first order.
     """
-    W, G, r = _wide(W), _wide(G), _rank(r, W.shape[1])
-    if W.shape[1] <= 1024:
-        return planes((W.mT @ G - G.mT @ W) / 2, r)[0]
-    return _iterate(lambda n: W, _products(G), {"W": r}, 5, 16, generator)["W"][0]
+    return _skew("W", _wide(W), _wide(G), _rank(r, W.shape[1]), 1024, 5, generator)[0]
 
 
 def planes(S: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -172,10 +166,7 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     if odd := [n for n, r in ranks.items() if isinstance(r, int) and r % 2 and kind in ("skew", "rescored")]:
         warnings.warn(f"an odd rank ({ranks[odd[0]]} in {odd[0]}) holds one direction that is in no plane: take an even one")
     for n, m in found.items():
-        try:
-            _rank(ranks[n], _shape(m, side)[1])
-        except ValueError as e:
-            raise ValueError(f"layer {n!r}: {e}") from None
+        _rank(ranks[n], _shape(m, side)[1], f"layer {n!r}: ")
     turn = (lambda X: X.mT) if side == "output" else (lambda X: X)            # output side: S of the transposes
     W = lambda n: turn(_wide(_matrix(found[n])))                              # float32 when asked for, never all at once
     generator, second = torch.Generator().manual_seed(seed), side if kind == "activation" else None
@@ -184,11 +175,9 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
         return Supports({n: choose(W(n), ranks[n]) for n in found})
     batches = list(batches) if iter(batches) is batches else batches
     dense = {n: m for n, m in found.items() if (max(_shape(m)) <= 1024 if exact is None else exact)}
-    chosen: dict[str, tuple[Tensor, Tensor]] = {}                             # {layer: (P, σ of its planes)}
-    if dense:
-        largest = sys.maxsize if exact else 256                               # above, an eigendecomposition outlasts the pass
-        for n, M in moments(model, batches, loss_fn, dense, second).items():
-            chosen[n] = _dense(kind, n, W(n), turn(M), ranks[n], pool, largest, generator)
+    sums = moments(model, batches, loss_fn, dense, second) if dense else {}
+    exact_to = sys.maxsize if exact else 256                                  # above, an eigendecomposition outlasts the pass
+    chosen = {n: _dense(kind, n, W(n), turn(M), ranks[n], pool, exact_to, generator) for n, M in sums.items()}
     if thin := {n: r for n, r in ranks.items() if n not in dense}:
         products = lambda pairs: _thin_products(model, batches, loss_fn, {n: found[n] for n in pairs}, pairs, side, second)
         chosen |= _streaming(kind, W, products, thin, passes, oversample, pool, generator)
@@ -200,18 +189,22 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     return Supports({n: chosen[n][0] for n in order}, {n: chosen[n][1] for n in order})
 
 
-def _dense(kind: str, n: str, W: Tensor, M: Tensor, r: int, pool: int, largest: int, generator) -> tuple[Tensor, Tensor]:
-    """(P, σ) of layer n from its dense gradient M = G, or dense second moment for `activation`; above in = `largest`, `skew`
-    iterates."""
+def _dense(kind: str, n: str, W: Tensor, M: Tensor, r: int, pool: int, exact_to: int, generator) -> tuple[Tensor, Tensor]:
+    """(P, σ of its planes) of layer n from its dense gradient M = G, or second moment for `activation`."""
+    if kind == "skew":
+        return _skew(n, W, M, r, exact_to, 8, generator)
     if kind == "rescored":
         return _rescore(lambda n: W, _products(M), {n: r}, pool)[n]
-    if kind == "skew" and W.shape[1] > largest:
-        return _iterate(lambda n: W, _products(M), {n: r}, 8, 16, generator)[n]
-    if kind == "skew":
-        P, sigma = planes((W.mT @ M - M.mT @ W) / 2, r)
-        return P, sigma[:r // 2]
     choose = {"coordinate": coordinate, "gradient": gradient, "paired": paired, "activation": lambda W, M, r: activation(M, r)}
     return choose[kind](W, M, r), torch.empty(0)
+
+
+def _skew(n: str, W: Tensor, G: Tensor, r: int, exact_to: int, passes: int, generator) -> tuple[Tensor, Tensor]:
+    """`skew` of layer n and its σ, (P (in, r), σ (r/2)): by eigendecomposition, above in = exact_to by iteration."""
+    if W.shape[1] > exact_to:
+        return _iterate(lambda n: W, _products(G), {n: r}, passes, 16, generator)[n]
+    P, sigma = planes((W.mT @ G - G.mT @ W) / 2, r)
+    return P, sigma[:r // 2]
 
 
 def _streaming(kind: str, W, products, ranks: dict[str, int], passes: int, oversample: int, pool: int,
@@ -252,11 +245,6 @@ def _rescore(W, products, ranks: dict[str, int], pool: int) -> dict[str, tuple[T
     return chosen
 
 
-def _start(W: Tensor, side: int, k: int, generator) -> Tensor:
-    """A random orthonormal (in or out, k), on W's device and in its dtype, float32 or wider."""
-    return _orthonormal(torch.randn(W.shape[side], k, generator=generator, dtype=_wide(W).dtype)).to(W.device)
-
-
 def _subspace(W, products, ranks: dict[str, int], passes: int, oversample: int, generator) -> tuple[dict, dict]:
     """Subspace iteration on S for all layers at once: {layer: Q (in, k)} and {layer: S Q}.
 
@@ -280,7 +268,7 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
         V, sigma = planes(Q[n].mT @ X, ranks[n])
         P, SP = Q[n] @ V, X @ V
         rest = (SP - P @ (P.mT @ SP)).norm() / SP.norm().clamp(min=torch.finfo(SP.dtype).tiny)
-        rough += [n] * bool(ranks[n] % 2 == 0 and rest > 0.1)                 # of span(P) from invariance: 0.1 is about 99 % of the score
+        rough += [n] * bool(ranks[n] % 2 == 0 and rest > 0.1)                 # 0.1 off invariance: about 99 % of the score
         chosen[n] = P, sigma[:ranks[n] // 2]
     if rough:
         warnings.warn(f"the planes found in {', '.join(rough[:5])} have not settled (the spectrum of S falls slowly there): "
@@ -303,8 +291,8 @@ def scores(model: nn.Module, batches, loss_fn, supports: dict[str, Tensor], *, s
 def spend(sigma: dict[str, Tensor], budget: int) -> dict[str, int]:
     """Even ranks r that collect the most Σ 2σ_j² for Σ r(r−1)/2 ≤ budget parameters; layers that get none are left out.
 
-    The next plane of a layer adds 2σ² and costs 2r + 1: taken in the order of gain per parameter, which is the best
-    possible up to the last plane, for gains fall and costs rise.
+    A plane adds 2σ² and costs 2r + 1, r the rank so far: taken in the order of gain per parameter, which is the best possible
+    up to the last plane, for gains fall and costs rise. Raises ValueError where the budget buys none.
     """
     ranks, spent = dict.fromkeys(sigma, 0), 0
     gains = [(float(s) ** 2 / (4 * j + 1), n, j) for n, values in sigma.items() for j, s in enumerate(values)]
@@ -324,8 +312,7 @@ def trim(supports: Supports, ranks: dict[str, int]) -> Supports:
 
 def within(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max_rank: int = 64, **options) -> Supports:
     """Supports of kind "skew" whose ranks spend `budget` parameters of dense transforms where the planes are strongest: one
-    selection at max_rank, `spend`, `trim`. `options` go to `select`.
-    """
+    selection at max_rank, `spend`, `trim`. `options` go to `select`."""
     found, side = _target_layers(model, targets), options.get("side", "input")
     rank = {n: r for n, m in found.items() if (r := min(max_rank, _shape(m, side)[1]) // 2 * 2)}
     wide = select(model, batches, loss_fn, rank, "skew", {n: found[n] for n in rank}, **options)
@@ -339,9 +326,8 @@ def allocate(model: nn.Module, batches, loss_fn, budget: int, targets=None, **op
 
 def union(tasks: list[Supports], rank: int) -> Supports:
     """One support for several tasks: the leading `rank` singular directions of all their planes, each weighted by its σ
-    (relative to its task's largest).
-
-    Opposing gradients of two tasks ask for the same planes here, and for none in a `select` on the sum of their losses.
+    (relative to its task's largest). Opposing gradients of two tasks ask for the same planes here, and for none in a `select`
+    on the sum of their losses. Raises ValueError for supports without a σ for every plane.
     """
     joined = Supports()
     for n in tasks[0]:
@@ -358,8 +344,7 @@ def union(tasks: list[Supports], rank: int) -> Supports:
 
 def moments(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], second: str | None = None) -> dict[str, Tensor]:
     """Dense sums over `batches`: the gradient G = Σ δᵀx (out, in) of every layer; or, with second="input" or "output",
-    the second moment Σ xᵀx of its inputs x, or of its outputs.
-    """
+    the second moment Σ xᵀx of its inputs x, or of its outputs."""
     found = _sums(model, batches, loss_fn, layers, lambda name, x, delta: [(delta, x)], second)
     return {n: G for n, (G,) in found.items()}
 
@@ -402,10 +387,8 @@ def _sums(model, batches, loss_fn, layers: dict[str, nn.Module], factors, second
 
 
 def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add, outputs: bool = False) -> None:
-    """Runs loss and backward on every batch, calling add(name, x, δ, y or None) with each layer's rows, float32 or wider.
-
-    Parameters are frozen and the model is in eval mode meanwhile.
-    """
+    """Runs loss and backward on every batch, calling add(name, x, δ, y if `outputs`) with each layer's rows, float32 or wider.
+    Parameters are frozen and the model is in eval mode meanwhile."""
     def hook(name):
         def forward(module, args, kwargs, y):
             if not torch.is_grad_enabled():
@@ -473,10 +456,8 @@ def _floating(module: nn.Module) -> bool:
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height, width).
-
-    A layer without a floating weight (quantised) is asked what it does to the identity.
-    """
+    """The weight as (out, in): transformers' Conv1D (which has `nf`) stores its transpose, Conv2d (out, channels, height,
+    width). A layer without a floating weight (quantised) is asked what it does to the identity."""
     if _floating(module):
         W = module.weight
         return W.mT if hasattr(module, "nf") else W.flatten(1)
@@ -507,10 +488,15 @@ def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
-def _rank(r: int, d: int) -> int:
+def _rank(r: int, d: int, where: str = "") -> int:
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= d:
-        raise ValueError(f"rank {r!r} must be an int between 1 and the dimension, {d}")
+        raise ValueError(f"{where}rank {r!r} must be an int between 1 and the dimension, {d}")
     return r
+
+
+def _start(W: Tensor, side: int, k: int, generator) -> Tensor:
+    """A random orthonormal (out, k) or (in, k), as side = 0 or 1, on W's device and in its dtype, float32 or wider."""
+    return _orthonormal(torch.randn(W.shape[side], k, generator=generator, dtype=_wide(W).dtype)).to(W.device)
 
 
 def _axes(norms: Tensor, r: int) -> Tensor:
