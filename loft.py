@@ -88,9 +88,7 @@ def cayley(Q: Tensor) -> Tensor:
 
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     """T − I for OFTv2's truncated series (arXiv 2506.19847), T ≈ (I + Q)(I + Q + … + Q^(terms−2)), of a skew Q (…, b, b).
-
-    Orthogonal only up to ‖TᵀT − I‖ = O(‖Q‖^(terms−1)): bound ‖Q‖ (see `Skew`), or read `orthogonality_error`.
-    """
+    Orthogonal only up to ‖TᵀT − I‖ = O(‖Q‖^(terms−1)): bound ‖Q‖ (see `Skew`), or read `orthogonality_error`."""
     power, D = Q, 2 * Q                                                       # terms = 5:  2Q + 2Q² + 2Q³ + Q⁴
     for k in range(2, terms):
         power = power @ Q
@@ -105,9 +103,7 @@ def expm(Q: Tensor) -> Tensor:
 
 def _polish(D: Tensor) -> Tensor:
     """Two Newton–Schulz steps T ← T (I − ½(TᵀT − I)): a huge generator costs the map digits, this restores TᵀT = I.
-
-    Their derivative along the orthogonal group is the identity, so autograd may pass them by.
-    """
+    Their derivative along the orthogonal group is the identity, so autograd may pass them by."""
     with torch.no_grad():
         X = D
         for _ in range(2):
@@ -133,12 +129,13 @@ class Skew(nn.Module):
     def __init__(self, r: int, block_size: int | None = None, stages: int = 1, map: str = "cayley",
                  terms: int = 5, bound: float | None = None, share: bool = False):
         super().__init__()
-        b, divisors = r if block_size is None else block_size, [k for k in range(1, r + 1) if r % k == 0]
-        _require(isinstance(b, int) and b in divisors,
-                 f"block_size={b} does not divide {r}; nearest that do: {_around(b, divisors)}")
+        b = r if block_size is None else block_size
+        if not (isinstance(b, int) and 1 <= b <= r and r % b == 0):
+            good = _around(b, (k for k in range(1, r + 1) if r % k == 0))
+            raise ValueError(f"block_size={b} does not divide {r}; nearest that do: {good}")
         most = next(s for s in itertools.count(1) if b % 2 or r % (b << s))   # stages that b·2^s | r allows
-        _require(isinstance(stages, int) and 1 <= stages <= most, f"stages={stages} with blocks of {b} in {r} dimensions: must be "
-                 f"1 to {most} (stage s joins blocks of {b}·2^s, which has to divide {r})")
+        _require(isinstance(stages, int) and 1 <= stages <= most, f"stages={stages} with blocks of {b} in {r} dimensions: must "
+                 f"be 1 to {most} (stage s joins blocks of {b}·2^s, which has to divide {r})")
         _one_of("map", map, ("cayley", "cayley_neumann", "expm"))
         _require(map != "cayley_neumann" or terms >= 2, f"terms={terms}: the Cayley–Neumann series needs at least 2 (I + 2Q)")
         _require(bound is None or bound > 0, f"bound={bound} must be positive (or None)")
@@ -228,8 +225,9 @@ class Householder(nn.Module):
     def __init__(self, r: int, reflections: int = 8):
         super().__init__()
         k = reflections
-        _require(isinstance(k, int) and k >= 2 and k % 2 == 0, f"reflections={k}: must be even and ≥ 2, an odd product has "
-                 f"determinant −1 and cannot start at the identity; nearest: {_around(k, range(2, 4098, 2))}")
+        if not isinstance(k, int) or k < 2 or k % 2:
+            raise ValueError(f"reflections={k}: must be even and ≥ 2, an odd product has determinant −1 and cannot "
+                             f"start at the identity; nearest: {_around(k, range(2, 4098, 2))}")
         self.r = r
         self.u = nn.Parameter(torch.randn(r, k // 2).repeat_interleave(2, dim=1))
 
@@ -436,6 +434,11 @@ class LOFTLinear(_Adapter):
     nf = property(lambda self: self.base.nf)                                  # marks transformers' Conv1D, a transposed weight
 
     @property
+    def rotations(self) -> list[nn.Module]:
+        """First to last."""
+        return [R for R in (self.past, self.rotation) if R is not None]
+
+    @property
     def plain(self) -> nn.Module:
         """The layer under all adapters."""
         return self.base.plain if isinstance(self.base, LOFTLinear) else self.base
@@ -455,8 +458,8 @@ class LOFTLinear(_Adapter):
     def exact_weight(self) -> Tensor:
         """The rotated weight in W0's layout, in the rotation's precision."""
         W = _matrix(self.base)
-        for R in (self.past, self.rotation):
-            W = W if R is None else R.rotate(W, self.side)
+        for R in self.rotations:
+            W = R.rotate(W, self.side)
         W = W if self.magnitude is None else self.magnitude[:, None] * W
         return W.mT if hasattr(self, "nf") else W.view(self.plain.weight.shape)
 
@@ -471,12 +474,11 @@ class LOFTLinear(_Adapter):
         return y + (y if b is None else y - b) * (self.magnitude - 1).to(y.dtype)   # s (y − b) + b, exact at s = 1
 
     def _rotated(self, x: Tensor, b: Tensor | None) -> Tensor:
-        if self.side == "input":
-            x = self.rotation(x)
-            return self.base(x if self.past is None else self.past(x))        # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
+        for R in self.rotations[::-1] if self.side == "input" else ():        # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
+            x = R(x)
         y = self.base(x)
-        for R in (self.past, self.rotation):
-            y = y if R is None else y + R.delta(y if b is None else y - b)    # y = (x W0ᵀ) R_pastᵀ Rᵀ + b
+        for R in self.rotations if self.side == "output" else ():             # y = (x W0ᵀ) R_pastᵀ Rᵀ + b
+            y = y + R.delta(y if b is None else y - b)
         return y
 
     def adapter_state(self) -> dict[str, Tensor]:
@@ -554,8 +556,8 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
              "with support='all', rank is the number of reflections: give one of the two")
     chosen = isinstance(support, dict) and targets is None
     found = target_layers(model, (lambda n, m: n in support) if chosen else targets)
-    for n in support if chosen else ():
-        _require(n in found, f"the support names {n!r}, which is no linear layer of the model{_nearest(n, found)}")
+    if lost := [n for n in support if n not in found] if chosen else []:
+        raise ValueError(f"the support names {lost[0]!r}, which is no linear layer of the model{_nearest(lost[0], found)}")
     keep = _matches([n for n, _ in model.named_parameters()], trainable)
 
     wrapped = {}
@@ -654,13 +656,13 @@ def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None =
     _require_mergeable(found)
     for n, layer in found:
         with _naming(n):
-            if name is not None and isinstance(layer.base, LOFTLinear):
-                raise ValueError(f"adapter {layer.base.name!r} lies under {name!r}; merge that one first")
+            under = getattr(layer.base, "name", None) if layer.base is not layer.plain else None
+            _require(None in (name, under), f"adapter {under!r} lies under {name!r}; merge that one first")
             _require(layer.enabled, f"adapter {layer.name!r} is switched off; switch it on first (loft.use)")
             _require(all(t.isfinite().all() for t in layer.adapter_state().values()), "its rotation is not finite")
     if was_fused := any(layer.fused is not None for _, layer in found):
         _beside("kernels").unfuse(model)                                      # takes its hooks off the model
-    for _, layer in found:                                                    # one by one: at any moment the model computes the same
+    for _, layer in found:                                                    # one by one: it computes the same at any moment
         weight = layer.exact_weight().to(dtype or layer.base.weight.dtype)
         layer.base.weight = nn.Parameter(weight, requires_grad=layer.base.weight.requires_grad)
         model = _replace(model, {layer: layer.base})
@@ -670,8 +672,7 @@ def merge(model: nn.Module, name: str | None = None, dtype: torch.dtype | None =
 @torch.no_grad()
 def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, float]:
     """{layer: ‖round(W) − W‖_F / ‖W − W0‖_F}: how much of what was learned a merge into the weight's dtype (or `dtype`) rounds
-    away. Layers that cannot be merged are left out.
-    """
+    away. Layers that cannot be merged are left out."""
     errors = {}
     for n, layer in _outermost(model):
         if layer.mergeable:
@@ -729,7 +730,7 @@ def orthogonality_error(model: nn.Module) -> dict[str, float]:
     """{layer: max |RᵀR − I| on its support, in float64}; the largest where there are several rotations."""
     errors: dict[str, list[float]] = {}
     for n, layer in _adapted(model):
-        errors.setdefault(n, []).extend(R.orthogonality_error() for R in (layer.rotation, layer.past) if R is not None)
+        errors.setdefault(n, []).extend(R.orthogonality_error() for R in layer.rotations)
     return {n: torch.tensor(e, dtype=torch.float64).max().item() for n, e in errors.items()}   # a NaN stays one
 
 
@@ -797,10 +798,11 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
         layer, old = found[n], found[n].rotation
         with _naming(n):
             _require(getattr(old, "P", None) is not None, f"method {layer.method!r} has no support to refresh")
-            _require(layer in outermost and (layer.magnitude is None or layer.side == "input"), "something is applied after this "
-                     "rotation (another adapter, or the magnitude), so a support chosen for the layer as it is now does not fit here")
-            both = (layer.past, old) if layer.side == "input" else (old, layer.past)
-            new[layer] = Rotation(support=P, dtype=old.dtype, **old.config).to(old.device), _product(*filter(None, both))
+            _require(layer in outermost and (layer.magnitude is None or layer.side == "input"), "something is applied after "
+                     "this rotation (another adapter, or the magnitude), so a support chosen for the layer as it is now does "
+                     "not fit here")
+            product = _product(*layer.rotations[::1 if layer.side == "input" else -1])
+            new[layer] = Rotation(support=P, dtype=old.dtype, **old.config).to(old.device), product
     for layer, (rotation, past) in new.items():
         swap = dict(zip(layer.rotation.parameters(), rotation.parameters()))
         for group in optimizer.param_groups if optimizer else ():
@@ -825,9 +827,8 @@ def _product(*rotations: Rotation) -> Rotation:
 
 
 def regularizer(model: nn.Module) -> Tensor:
-    """The papers' soft orthogonality, summed over layers, to add to the loss with a weight λ; 0 for methods that have none.
-    See `Householder.regularizer` (HRA) and `Givens.regularizer` (qGOFT).
-    """
+    """The papers' soft orthogonality, summed over layers, to add to the loss with a weight λ: `Householder.regularizer` (HRA)
+    and `Givens.regularizer` (qGOFT); 0 for methods that have none."""
     transforms = [getattr(layer.rotation, "transform", None) for _, layer in _adapted(model)]
     return sum((T.regularizer() for T in transforms if hasattr(T, "regularizer")), torch.zeros((), device=_device(model)))
 
@@ -850,10 +851,9 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):                                    # it is gone, unless we were interrupted
             os.unlink(temporary)
-        raise
 
 
 def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
@@ -943,7 +943,8 @@ def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Mo
         old = adapted.get(n)
         try:
             _require(old or not adapted, f"layer {n!r} is adapted in the file but not in the model")
-            _require(old or n in targets, f"layer {n!r} is not in the model{_nearest(n, targets)}")
+            if not old and n not in targets:
+                raise ValueError(f"layer {n!r} is not in the model{_nearest(n, targets)}")
             new[n] = _from_spec(old.base if old else targets[n], spec, adapter, n)
             for (what, there), here in zip(settings(new[n]).items(), settings(old).values() if old else ()):
                 _require(there == here, f"layer {n!r}: {what} is {there!r} in the file, {here!r} in the model")
@@ -972,9 +973,8 @@ def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Mo
 def principal(W: Tensor, r: int, svd: str = "auto") -> Tensor:
     """Top r right singular vectors of W (out, in) → P (in, r), float32 or wider (PSOFT, arXiv 2505.11235).
 
-    svd="full" is exact; "lowrank" is torch.svd_lowrank with six subspace iterations; "auto" takes it for large weights at
-    a small rank (min(out, in) > 2048 and 8 r below it). r above min(out, in) goes on into the null space.
-    Raises ValueError where W is not finite.
+    svd="full" is exact; "lowrank" is torch.svd_lowrank with six subspace iterations; "auto" takes it for large weights at a small
+    rank (min(out, in) > 2048 and 8 r below it). r above min(out, in) goes on into the null space. ValueError: W is not finite.
     """
     W, short = W.detach().to(_single(W.dtype)), min(W.shape)
     _require(W.isfinite().all(), "its weight is not finite")
@@ -1053,7 +1053,8 @@ def _matches(names: list[str], wanted) -> list[str]:
             raise ValueError(f"{wanted!r} is not a regular expression: {e}") from None
     wanted = list(wanted or ())
     for w in wanted:
-        _require(any(f".{w}." in f".{n}." for n in names), f"{w!r} is none of the model's names{_nearest(w, names)}")
+        if not any(f".{w}." in f".{n}." for n in names):
+            raise ValueError(f"{w!r} is none of the model's names{_nearest(w, names)}")
     return [n for n in names if any(f".{w}." in f".{n}." for w in wanted)]
 
 
@@ -1109,7 +1110,8 @@ def _require_mergeable(found: list[tuple[str, LOFTLinear]]) -> None:
 
 
 def _one_of(what: str, value, valid: Iterable[str]) -> None:
-    _require(value in valid, f"unknown {what} {value!r}{_nearest(value, valid)} Valid: {', '.join(valid)}")
+    if value not in valid:
+        raise ValueError(f"unknown {what} {value!r}{_nearest(value, valid)} Valid: {', '.join(valid)}")
 
 
 @contextlib.contextmanager
