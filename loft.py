@@ -836,18 +836,23 @@ def regularizer(model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------ files
 
 def save(model: nn.Module, path, *, name: str | None = None) -> None:
-    """Writes the adapter (supports, generators, settings; of several, the one called `name`) and what else is trainable.
+    """Writes the adapter (supports, generators, settings; of several, the one called `name`) and whatever else of the model
+    is trainable to `path`, a file name or an open binary file.
 
     Written beside `path` and then moved over it: an interrupted save leaves the older file. P itself is stored, since a
     support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's, followed by
     the SHA-256 of its bytes.
     """
     torch.save(_payload(model, name), buffer := io.BytesIO())
-    path, data = os.fspath(path), buffer.getvalue()
+    data = buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest()
+    if hasattr(path, "write"):
+        path.write(data)
+        return
+    path = os.fspath(path)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
-            f.write(data + hashlib.sha256(data).digest())
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -857,22 +862,23 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
 
 
 def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
-    """Puts the adapter at `path` on `model` under `name`, new, as the file says, or into one of that name, which must agree.
+    """Puts the adapter at `path`, a file name or an open binary file, on `model` under `name`: put on new, as the file says,
+    or into one of that name, which must agree.
 
     Nothing is executed from the file (weights_only). Everything is checked before the model is touched: ValueError naming
     each layer, shape or setting that differs, or saying that the file is not an adapter.
     """
-    path = os.fspath(path)
-    with open(path, "rb") as f:
-        data = f.read()
+    with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb") as f:
+        data, path = f.read(), getattr(f, "name", "the file")
     data, digest = data[:-32], data[-32:]
     _require(hashlib.sha256(data).digest() == digest, f"{path} is not a LOFT adapter file, or is damaged")
     try:
         payload = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as e:                                                    # e.g. pickled code, which weights_only refuses
         raise ValueError(f"{path} is not a LOFT adapter file: {str(e).splitlines()[0]}") from e
-    kind = (f"format {payload.get('format')!r}, version {payload.get('version')!r}" if isinstance(payload, dict) else
-            type(payload).__name__)
+    kind = type(payload).__name__
+    if isinstance(payload, dict):
+        kind = f"format {payload.get('format')!r}, version {payload.get('version')!r}"
     _require(kind == "format 'loft', version 1", f"{path} is not a LOFT adapter file of version 1: it holds {kind}")
     try:
         return _attach(model, payload, path, name)

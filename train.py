@@ -1,237 +1,113 @@
-"""The main job: adapt a pretrained transformer with LOFT, offline, in minutes.
+"""Adapt a pretrained network with LOFT, and with its peers beside it, offline, in minutes.
 
-    pip install torch && python train.py               # about 4 minutes on 2 CPU cores
-    python train.py --task understanding --support skew,principal,random --seeds 3 --lr 3e-3,1e-2,3e-2
-    python train.py --method psoft,oft,hra,lora --steps 400 --out runs/methods
-    python train.py --compare supports                 # every support on every task, 5 seeds, tuned rates: the table in README
+    pip install torch && python train.py                       # prose → code, about 3 minutes on 2 CPU cores
+    python train.py --task vision                              # or understanding, math, multilingual: see tasks.py
+    python train.py --support skew,principal --rank 8,32 --seeds 3 --lr 1e-3,3e-3 --out runs/grid      # a sweep
+    python train.py --resume runs/grid                         # goes on where it was stopped, bit for bit
+    python train.py --model DIR --data FILE.jsonl              # your own (needs transformers)
+    torchrun --nproc_per_node=2 train.py                       # the same result on several devices
+    python train.py --report runs/* --plot                     # one table over runs and seeds
+    python train.py --compare methods                          # every method on every task, 3 seeds, tuned rates
     python train.py --help
 
-1. pretrains a small byte-level causal transformer on English prose that every Python carries (the language
-   reference in pydoc_data.topics and the docstrings of the standard library), and caches its weights;
-2. adapts it to another domain, the source code of the standard library (files split into train, tune and
-   validation), with LOFT under each support, beside no adaptation (floor) and full fine-tuning (ceiling);
-3. prints one table, and writes runs/NAME/: settings.json, results.jsonl (a line a row), and the adapters.
+A run is a grid of cells: task × method × support × rank × rate × seed. A cell adapts a copy of the task's pretrained model,
+measures it before and after, on the new domain and the old, and becomes a line of runs/NAME/results.jsonl. Beside it:
+settings.json, metrics.jsonl (a line an evaluation), table.txt, and the adapter of every cell.
 """
 from __future__ import annotations
 
 import argparse
-import ast
+import contextlib
 import copy
-import functools
 import gc
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
 import statistics
 import sys
-import sysconfig
 import time
-import zlib
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 import loft
-from loft import selectors
+from loft import kernels, selectors
+from own import own
+from report import plot, show
+from tasks import TASKS, Task, to
 
-CONTEXT, BATCH, PRETRAIN_STEPS = 128, 16, 1200
 METHODS = ("frozen", *loft.METHODS, "full")
 SUPPORTS = (*selectors.KINDS, "allocated")                                     # allocated: skew, as many parameters in all, ranks by σ
-# Learning rates by default, the best of README's grid. The rule: 1e-2 where the score is more than half of skew's, 3e-2 below.
-RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "activation": 3e-2, "full": 1e-3, "all": 3e-3}
+# Learning rates by default, the best of README's grids: 1e-2 where a support's score is more than half of skew's, 3e-2 below.
+RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "activation": 3e-2, "oft": 1e-2, "boft": 1e-2, "goft": 1e-2,
+         "hra": 1e-2, "lora": 3e-3, "full": 1e-3}
+NOT_OF_A_CELL = {"out", "resume", "report", "plot", "compare", "task", "method", "support", "rank", "budget", "lr", "seeds", "seed",
+                 "device", "save_every", "export", "grid"}                     # every other setting is part of what a cell is
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Data: the standard library's own text
+# Files that survive anything, and several devices
 # ---------------------------------------------------------------------------------------------------------
 
-@functools.cache
-def library() -> list[tuple[str, str, str, list[str]]]:
-    """(part, top-level package, source, docstrings) of every module; part is train, tune or val, by the file's name."""
-    root, modules = Path(sysconfig.get_paths()["stdlib"]), []
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "pydoc_data"}
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for file in sorted(root.rglob("*.py")):
-        path = file.relative_to(root)
-        if skipped.intersection(path.parts):
-            continue
+def write(path: Path, data: bytes) -> None:
+    """All of it or nothing: written beside `path`, then moved over it. On several devices the first one writes."""
+    if rank() == 0:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            source = file.read_text("utf-8")
-            docs = [ast.get_docstring(n) for n in ast.walk(ast.parse(source)) if isinstance(n, documented)]
-        except (OSError, SyntaxError, ValueError):
-            continue
-        part = ("val", "tune", *["train"] * 8)[zlib.crc32(path.as_posix().encode()) % 10]
-        modules.append((part, path.parts[0].removesuffix(".py"), source, [d for d in docs if d]))
-    return modules
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def as_bytes(texts) -> Tensor:
-    """One (length,) uint8 tensor."""
-    return torch.frombuffer(bytearray("\n\n".join(texts).encode()), dtype=torch.uint8)
+def dump(value) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
-@functools.cache
-def prose() -> dict[str, Tensor]:
-    """{train, val}: every tenth topic of the language reference, and the docstrings of val files, are held out."""
-    from pydoc_data.topics import topics
-    keys = sorted(topics)
-    return {"train": as_bytes([topics[k] for i, k in enumerate(keys) if i % 10] + [d for part, _, _, docs in library() if part == "train" for d in docs]),
-            "val": as_bytes([topics[k] for k in keys[::10]] + [d for part, _, _, docs in library() if part == "val" for d in docs])}
+def append(path: Path, row: dict) -> None:
+    if rank() == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
-def windows(data: Tensor, start: Tensor) -> Tensor:
-    """(len(start), CONTEXT + 1) int64 windows of `data`."""
-    return data[start[:, None] + torch.arange(CONTEXT + 1)].long()
+def read_rows(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; a last one that a kill cut short is taken off the file too."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[:text.rfind("\n") + 1]
+    if whole != text:
+        write(path, whole.encode())
+    return [json.loads(line) for line in whole.splitlines()]
 
 
-def random_windows(data: Tensor, generator: torch.Generator) -> Tensor:
-    return windows(data, torch.randint(len(data) - CONTEXT, (BATCH,), generator=generator))
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def even_windows(data: Tensor, n: int = 256) -> list[Tensor]:
-    """n evenly spaced windows, in chunks of 64, to measure on."""
-    return list(windows(data, torch.linspace(0, len(data) - CONTEXT - 1, n).long()).split(64))
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------
-
-class Block(nn.Module):
-    def __init__(self, d: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.proj = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.norm2, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: Tensor) -> Tensor:                                    # (n, t, d)
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (n, heads, t, d/heads)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
-        x = x + self.proj(attended)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class Transformer(nn.Module):
-    """Byte-level causal transformer: tokens (n, t) → logits (n, t, 256)."""
-
-    def __init__(self, d: int = 128, depth: int = 4, heads: int = 4):
-        super().__init__()
-        self.token, self.position = nn.Embedding(256, d), nn.Embedding(CONTEXT, d)
-        self.blocks = nn.Sequential(*[Block(d, heads) for _ in range(depth)])
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 256, bias=False)
-
-    def features(self, tokens: Tensor) -> Tensor:                              # (n, t, d)
-        return self.norm(self.blocks(self.token(tokens) + self.position.weight[:tokens.shape[1]]))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.features(tokens))
-
-
-class Classifier(nn.Module):
-    """The transformer's features, averaged over the bytes that are not padding (0), into classes: (n, t) → (n, classes)."""
-
-    def __init__(self, body: Transformer, classes: int):
-        super().__init__()
-        self.body, self.head = body, nn.Linear(body.norm.normalized_shape[0], classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        mask = (tokens != 0)[..., None]
-        return self.head((self.body.features(tokens) * mask).sum(1) / mask.sum(1))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Tasks
-# ---------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Task:
-    """A pretrained model, batches of a new domain, and what to measure. Losses are in bits (per byte, or per example)."""
-    model: nn.Module
-    batch: Callable[[torch.Generator], object]                                 # a random training batch
-    loss_fn: Callable[[nn.Module, object], Tensor]                             # mean cross-entropy in nats
-    splits: dict[str, list]                                                    # batches to measure on: tune, val
-    kept: Callable[[nn.Module], float]                                         # loss on the old domain: what is forgotten
-    trainable: str = ""                                                        # what trains beside the adapter, a regex
-    extra: Callable[[nn.Module], dict[str, float]] = lambda model: {}          # further measures on val
-
-    @torch.no_grad()
-    def bits(self, model: nn.Module, split: str, most: int = 99) -> float:
-        device = next(model.parameters()).device
-        losses = [self.loss_fn(model, to(b, device)).item() for b in self.splits[split][:most]]
-        return statistics.fmean(losses) / math.log(2)
-
-
-def to(batch, device):
-    return tuple(t.to(device) for t in batch) if isinstance(batch, tuple) else batch.to(device)
-
-
-def next_byte(model: nn.Module, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def label(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]).float(), batch[1])
-
-
-def code(args) -> Task:
-    """Prose → source code: the shift of domain that a language model is adapted to most often."""
-    data = {part: as_bytes(source for p, _, source, _ in library() if p == part) for part in ("train", "tune", "val")}
-    old = Task(None, None, next_byte, {"prose": even_windows(prose()["val"])}, None)
-    return Task(pretrained(args), lambda g: random_windows(data["train"], g), next_byte,
-                {part: even_windows(data[part]) for part in ("tune", "val")}, lambda model: old.bits(model, "prose"))
-
-
-def understanding(args) -> Task:
-    """Which of eight packages does a docstring belong to: text classification from a pretrained language model.
-
-    Starts from a linear probe (the head trained alone); then head and adapter train together. A small stand-in for GLUE:
-    real sentences, but short ones, and packages are told apart by words more than by meaning. (Pretraining has seen most of
-    the text, never a label.)
-    """
-    texts = {d: package for _, package, _, docs in library() for d in docs if len(d) >= 40}   # each once, so in one part only
-    classes = [package for package, _ in Counter(texts.values()).most_common(8)]
-
-    def examples(*tenths):
-        chosen = [(d.encode()[:CONTEXT], classes.index(package)) for d, package in texts.items()
-                  if package in classes and zlib.crc32(d.encode()) % 10 in tenths]
-        tokens = torch.zeros(len(chosen), CONTEXT, dtype=torch.long)
-        for row, (text, _) in zip(tokens, chosen):
-            row[:len(text)] = torch.tensor(list(text))
-        return tokens, torch.tensor([y for _, y in chosen])
-
-    data = {"train": examples(*range(7)), "tune": examples(7), "val": examples(8, 9)}
-    balance = (1 / data["train"][1].bincount(minlength=8).clamp(min=1))[data["train"][1]]   # classes equally often
-
-    def batch(generator):
-        rows = torch.multinomial(balance, BATCH, replacement=True, generator=generator)
-        return data["train"][0][rows], data["train"][1][rows]
-
-    def extra(model):
-        """Accuracy and macro-F1 on val."""
-        predicted = torch.cat([model(x.to(args.device)).argmax(-1).cpu() for x, _ in task.splits["val"]])
-        y = torch.cat([y for _, y in task.splits["val"]])
-        hit = lambda c: ((predicted == c) & (y == c)).sum().item()
-        f1 = [2 * hit(c) / max(1, (predicted == c).sum().item() + (y == c).sum().item()) for c in y.unique().tolist()]
-        return {"accuracy": (predicted == y).float().mean().item(), "macro_f1": statistics.fmean(f1)}
-
-    body = pretrained(args)
-    old = even_windows(prose()["val"])
-    kept = lambda model: Task(None, None, next_byte, {"prose": old}, None).bits(model.body, "prose")
-    splits = {part: list(zip(x.split(64), y.split(64))) for part, (x, y) in data.items() if part != "train"}
-    torch.manual_seed(0)
-    task = Task(Classifier(body, 8).to(args.device), batch, label, splits, kept, r"^head\.", torch.no_grad()(extra))
-    task.model.requires_grad_(False).head.requires_grad_(True)
-    fit(task, task.model, max(1, args.pretrain_steps // 4), 1e-2, 0, args, "linear probe")
-    return task
-
-
-TASKS = {"code": code, "understanding": understanding}
+def wrap(model: nn.Module, args, everything: bool) -> nn.Module:
+    """What training calls: the model itself, under DDP, or with its frozen weights in shards (FSDP2)."""
+    if world() == 1:
+        return model
+    if not args.shard:                                                         # full fine-tuning may have weights that are unused
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=everything)
+    from torch.distributed.fsdp import fully_shard
+    adapter = {p for p in model.parameters() if p.requires_grad}               # small: a whole copy on every device
+    for module in [m for holder in model.modules() if isinstance(holder, nn.ModuleList) for m in holder]:
+        fully_shard(module, ignored_params=adapter)
+    return fully_shard(model, ignored_params=adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -239,15 +115,15 @@ TASKS = {"code": code, "understanding": understanding}
 # ---------------------------------------------------------------------------------------------------------
 
 class Progress:
-    """One updating line in a terminal, a plain line every tenth of the way when piped: loss, speed, time left."""
+    """One updating line in a terminal, a plain line every quarter of the way when piped: loss, speed, time left."""
 
-    def __init__(self, label: str, steps: int):
-        self.label, self.steps, self.start, self.last = label, steps, time.perf_counter(), 0.0
+    def __init__(self, label: str, steps: int, done: int = 0):
+        self.label, self.steps, self.done, self.start, self.last = label, steps, done, time.perf_counter(), 0.0
         self.terminal = sys.stdout.isatty()
 
     def __call__(self, step: int, loss: float):
         now = time.perf_counter()
-        rate = step / (now - self.start)
+        rate = (step - self.done) / (now - self.start)
         line = f"{self.label}  step {step}/{self.steps}  loss {loss:.3f}  {rate:.1f} steps/s  {(self.steps - step) / rate:.0f} s left"
         if self.terminal and (now - self.last > 0.1 or step == self.steps):
             self.last = now
@@ -256,61 +132,165 @@ class Progress:
             print(line, flush=True)
 
 
-def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, name: str, refresh=None) -> tuple[float, list]:
-    """Adam on the parameters that require grad, warm-up over a tenth of the steps, then cosine decay.
+def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, name: str, *, state: dict | None = None,
+        keep=None, refresh=None, evaluate=None, everything: bool = False) -> dict:
+    """Adam on the parameters that require grad: warm-up, cosine decay to 0, clipping, accumulation, early stop.
 
-    Returns the median ms per step and the curve [(step, bits on part of val)], ten points where args.compare asks for it.
+    A step takes task.batch(generator, args.batch), cuts it into accumulate × devices pieces, and weighs each by its
+    predictions, so pieces and devices change the result by rounding only. `state` is what `keep` was given at some
+    step: with it training goes on there, bit for bit. Returns the last state; its curve is [(step, evaluate(model))].
     """
-    device, progress, times, curve = next(model.parameters()).device, Progress(name, steps), [], []
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, betas=(0.9, 0.99))
-    warm = max(1, steps // 10)
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = wrap(model, args, everything)
+    optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
+    warm = max(1, int(steps * args.warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * s / steps)))
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed * 1000 + rank())                                    # dropout
+    state = state or dict(step=0, curve=[], ms=[], best=None)
+    if state["step"]:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"][rank()])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][rank()])
+    progress = Progress(name, steps, state["step"])
     model.train()
-    for step in range(1, steps + 1):
+    for step in range(state["step"] + 1, steps + 1):
         began = time.perf_counter()
-        with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
-            loss = task.loss_fn(model, to(task.batch(generator), device))
-        loss.backward()
+        batch, n = task.batch(generator, args.batch or task.size), args.accumulate * world()
+        pieces = list(zip(*(t.tensor_split(n) for t in batch)))[rank()::world()]
+        total, value = task.count(batch), torch.zeros((), device=device)
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1
+            with contextlib.nullcontext() if last or not hasattr(trained, "no_sync") else trained.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.autocast):
+                    loss = task.loss_fn(trained, to(piece, device)) * (task.count(piece) / total)
+                (loss * world()).backward()                                    # DDP takes the mean over the devices
+            value += loss.detach()
+        if world() > 1:
+            dist.all_reduce(value)
+            for p in parameters if args.shard else ():
+                dist.all_reduce(p.grad)
+                p.grad /= world()
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+        value = value.item()
+        if not (math.isfinite(value) and norm.isfinite()):
+            first = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None) or next(
+                (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "the loss alone")
+            raise FloatingPointError(f"{name.strip()}: the loss is {value}, the gradient's norm {norm:g} at step {step} (first in {first}); "
+                                     "lower --lr, or set --clip")
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        value = loss.item()
-        times.append(time.perf_counter() - began)
-        if not math.isfinite(value):
-            first = next((f" (first in {n})" for n, p in model.named_parameters() if not p.isfinite().all()), "")
-            raise FloatingPointError(f"{name.strip()}: the loss is {value} at step {step}{first}; lower --lr")
+        state["ms"].append((time.perf_counter() - began) * 1e3)
         progress(step, value)
         if refresh and args.refresh and step % args.refresh == 0 and step < steps:
             refresh(model, optimizer)
-        if args.compare and task.splits and step % max(1, steps // 10) == 0:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+        state["step"] = step
+        if evaluate and (step % args.eval_every == 0 or step == steps):
             model.eval()
-            curve.append((step, task.bits(model, "val", 2)))
+            state["curve"].append((step, tuned := evaluate(model, step, value, schedule.get_last_lr()[0])))
             model.train()
+            if args.patience and (state["best"] is None or tuned < state["best"][0]):
+                state["best"] = (tuned, step, weights(model))
+            if args.patience and len([1 for s, _ in state["curve"] if s > state["best"][1]]) >= args.patience:
+                print(f"{name}  stopped early at step {step}: the best was step {state['best'][1]}")
+                break
+        if keep and (step % args.save_every == 0 and step < steps):
+            random = [torch.get_rng_state()] * world()
+            cuda = [torch.cuda.get_rng_state()] * world() if device.type == "cuda" else []
+            if world() > 1:
+                dist.all_gather_object(random, random[0])
+                dist.all_gather_object(cuda, cuda[0]) if cuda else None
+            keep(state | dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), generator=generator.get_state(),
+                              rng=random, cuda_rng=cuda, weights=weights(model)))
+    if state["best"]:
+        restore(model, state["best"][2])
     model.eval()
-    return statistics.median(times) * 1e3, curve
+    return state
 
 
-def pretrained(args) -> nn.Module:
-    """The transformer after step 1, from the cache beside the results when it is there."""
-    torch.manual_seed(0)
-    model, text = Transformer().to(args.device), prose()["train"]
-    key = zlib.crc32(bytes(text[::997].tolist()) + f"{CONTEXT} {BATCH} {args.pretrain_steps} {model}".encode())
-    cache = args.out.parent / f"pretrained-{key:08x}.pt"
-    if cache.exists():
-        model.load_state_dict(torch.load(cache, map_location=args.device, weights_only=True))
-        print(f"1. pretrained weights found in {cache}: skipping to step 2")
-        return model.eval()
-    print(f"1. pretraining {sum(p.numel() for p in model.parameters()):,} parameters on {len(text):,} bytes of prose")
-    fit(Task(model, lambda g: random_windows(text, g), next_byte, {}, None), model, args.pretrain_steps, 3e-3, 0, args, "pretraining")
-    torch.save(model.state_dict(), temporary := cache.with_suffix(".tmp"))
-    os.replace(temporary, cache)
-    return model
+def weights(model: nn.Module) -> dict:
+    """What training changes: the adapter with whatever else trains, as the bytes of its file, or every trainable weight."""
+    if loft.layers(model):
+        loft.save(model, buffer := io.BytesIO())
+        return {"adapter": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
+    return {"weights": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}}
+
+
+def restore(model: nn.Module, saved: dict) -> None:
+    """The inverse of `weights`, on the same model (or, of an adapter, on a plain one)."""
+    if "adapter" in saved:
+        loft.load(model, io.BytesIO(saved["adapter"].numpy().tobytes()))
+    with torch.no_grad():
+        for n, value in saved.get("weights", {}).items():
+            model.get_parameter(n).copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# One row of the table
+# One cell of the grid, one row of the table
 # ---------------------------------------------------------------------------------------------------------
+
+def ready(task: Task, args) -> Task:
+    """Brings the model to where adaptation begins: pretrained on the old domain (cached), a new head trained alone."""
+    old = task.old
+    if old and old.batch:
+        steps = args.pretrain_steps or old.steps
+        recipe = hashlib.sha256(f"{old.model}{steps}{sys.version_info[:2]}{Path(sys.modules[Task.__module__].__file__).read_text()}".encode())
+        cache = args.out.parent / f"pretrained-{old.name}-{recipe.hexdigest()[:12]}.pt"
+        old.model.to(args.device)
+        if cache.exists():
+            old.model.load_state_dict(torch.load(cache, map_location=args.device, weights_only=True))
+            print(f"1. {task.name}: pretrained weights found in {cache}")
+        else:
+            print(f"1. {task.name}: pretraining {sum(p.numel() for p in old.model.parameters()):,} parameters on {old.name}")
+            fit(old, old.model, steps, 3e-3 if old.size == 16 else 1e-3, 0, plain(args), "pretraining", everything=True)
+            write(cache, dump(old.model.state_dict()))
+    task.model.to(args.device).requires_grad_(False).eval()
+    if task.probe and task.trainable:
+        for n, p in task.model.named_parameters():
+            p.requires_grad_(re.search(task.trainable, n) is not None)
+        fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(args), "linear probe")
+    task.model.requires_grad_(False).to(args.dtype)
+    if args.checkpointing:
+        for m in task.model.modules():
+            if hasattr(m, "gradient_checkpointing_enable"):                    # transformers' own way
+                m.gradient_checkpointing_enable({"use_reentrant": False})
+                break
+            if hasattr(m, "checkpointing"):
+                m.checkpointing = True
+    return task
+
+
+def plain(args) -> argparse.Namespace:
+    """The settings of pretraining and probe: only the devices are yours."""
+    return argparse.Namespace(batch=None, accumulate=1, shard=False, warmup=0.1, clip=None, autocast=False, refresh=None, patience=None)
+
+
+def sizes(method: str, shapes: list[tuple[int, int]], budget: int) -> int | None:
+    """The largest rank (block of oft and boft, reflections of hra) with which `method` trains at most `budget` parameters."""
+    stages = loft.METHODS["boft"].get("stages", 2)
+    count = {"loft": lambda d, n, r: min(r, d) * (min(r, d) - 1) // 2, "psoft": lambda d, n, r: min(r, d) * (min(r, d) + 3) // 2,
+             "lora": lambda d, n, r: r * (d + n), "hra": lambda d, n, k: k * d,
+             "oft": lambda d, n, b: d * (b - 1) // 2, "boft": lambda d, n, b: stages * d * (b - 1) // 2}
+    if method not in count:
+        return None                                                            # goft, full and frozen have no size
+    powers = [2 ** i for i in range(1, 13) if all(d % 2 ** i == 0 for d, _ in shapes)]
+    candidates = powers if method in ("oft", "boft") else range(2, 4096, 2 if method == "hra" else 1) if method != "lora" else range(1, 4096)
+    total = lambda size: sum(count[method](d, n, size) for d, n in shapes)
+    return max((s for s in candidates if total(s) <= budget), key=lambda s: (total(s), -s), default=candidates[0])
+
+
+def targets(task: Task, args) -> dict[str, nn.Module]:
+    """The layers to adapt: --targets, or every linear one but heads."""
+    found = loft.target_layers(task.model, args.targets)
+    head = lambda n, m: task.trainable and any(re.search(task.trainable, f"{n}.{k}") for k, _ in m.named_parameters())
+    return {n: m for n, m in found.items() if args.targets or not head(n, m)}
+
 
 def peak(device, reset: bool = False) -> float:
     """Peak memory in MiB since the last reset: of the GPU's tensors, or of the whole process on Linux (else since its start)."""
@@ -327,107 +307,87 @@ def peak(device, reset: bool = False) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
-def run(name: str, task: Task, method: str, support: str | None, lr: float | None, seed: int, before, args, line: str) -> dict:
-    """Adapts a copy of the task's model and measures it."""
-    gc.collect()                                                               # the last row's model goes before memory is measured
-    model = copy.deepcopy(task.model).eval()
+def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
+    """Adapts a copy of the task's model as the cell says, and measures it. Goes on from the cell's checkpoint, if there is one."""
+    gc.collect()                                                               # the last cell's model goes before memory is measured
+    method, support, size, seed = cell["method"], cell["support"], cell["size"], cell["seed"]
+    stem = "-".join(str(v) for v in (cell["task"], method, support, size and f"r{size}", cell["lr"] and f"lr{cell['lr']:g}", f"seed{seed}") if v)
+    checkpoint, state = args.out / f"{stem}.checkpoint", None
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = state if state["cell"] == cell else None
+    own_copy = lambda n: method == "full" or task.trainable and re.search(task.trainable, n)   # the frozen weights are shared
+    model = copy.deepcopy(task.model, {id(p): p for n, p in task.model.named_parameters() if not own_copy(n)})
     generator = torch.Generator().manual_seed(1000 + seed)
-    calibration = [to(task.batch(generator), args.device) for _ in range(args.calibration)]
+    draws = [task.batch(generator, args.batch or task.size) for _ in range(args.calibration)]
+    calibration = [to(batch, args.device) for batch in draws[rank()::world()]]
 
     def choose(model):
         """The supports of a fresh model, or new ones, at the same ranks, of an adapted one."""
         adapted = {n: layer.rotation.r for n, layer in loft.layers(model)}
-        rank = adapted or dict.fromkeys(loft.target_layers(model), args.rank)
+        ranks = adapted or widths(min(size, 4096))
         data = (model, calibration, task.loss_fn)
         if support == "allocated" and not adapted:
-            return selectors.within(*data, sum(r * (r - 1) // 2 for r in rank.values()), side=args.side, seed=seed)
-        return selectors.select(*data, rank, "skew" if support == "allocated" else support, {n: model.get_submodule(n) for n in rank},
-                                side=args.side, seed=seed)
+            return selectors.within(*data, sum(r * (r - 1) // 2 for r in ranks.values()), targets=list(ranks), side=args.side, seed=seed)
+        return selectors.select(*data, ranks, "skew" if support == "allocated" else support, list(ranks), side=args.side, seed=seed)
 
-    score, seconds, mib = None, 0.0, 0.0
-    low = peak(args.device, reset=True)
-    if method in ("full", "frozen"):
-        model.requires_grad_(method == "full")
-    else:
-        P = support
-        if support not in (None, "all"):
+    found = targets(task, args)
+    widths = lambda r: {n: min(r, loft._shape(m)[loft.SIDES.index(args.side)]) for n, m in found.items()}
+    chosen, score, seconds, mib = support not in (None, "all"), None, 0.0, 0.0
+    if state and "adapter" in state["weights"]:
+        restore(model, state["weights"])
+        kernels.fuse(model) if args.backend == "fused" else None
+        score, seconds, mib = state["chosen"]
+    elif method not in ("full", "frozen"):
+        P, low = support, peak(args.device, reset=True)
+        if chosen:
             began = time.perf_counter()
             P = choose(model)
             seconds, mib = time.perf_counter() - began, peak(args.device) - low
-            score = math.hypot(*selectors.scores(model, calibration, task.loss_fn, P, side=args.side).values()) / args.calibration
-        loft.adapt(model, method=method, support=P, transform=args.transform, side=args.side, seed=seed, backend=args.backend,
-                   rank=args.rank if method in ("hra", "lora") else None, trainable=task.trainable or ())
-    if method == "frozen" and task.trainable:
+            worth = selectors.scores(model, calibration, task.loss_fn, P, side=args.side)
+            score = math.hypot(*worth.values()) / args.calibration
+        options = {"block_size": size} if method in ("oft", "boft") and size else {}
+        loft.adapt(model, None if chosen else list(found), method=method, support=P, transform=args.transform if method == "loft" else None,
+                   side=args.side if method == "loft" else "input", rank=size if method in ("hra", "lora") else None, seed=seed,
+                   backend=args.backend, trainable=task.trainable or (), **options)
+    else:
         for n, p in model.named_parameters():
-            p.requires_grad_(re.search(task.trainable, n) is not None)
+            p.requires_grad_(bool(own_copy(n)))
+        restore(model, state["weights"]) if state else None
     peak(args.device, reset=True)
-    refresh = (lambda model, optimizer: loft.refresh(model, choose(model), optimizer)) if support not in (None, "all") else None
-    trains = any(p.requires_grad for p in model.parameters())
-    ms, curve = fit(task, model, args.steps, lr, seed, args, line, refresh) if trains else (0.0, [])
-    row = dict(task=name, method=method, support=support, rank=args.rank if support or method == "lora" else None, lr=lr, seed=seed,
-               trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), score=score, select_s=round(seconds, 3),
-               select_mib=round(mib, 1), before=before["val"], after=task.bits(model, "val"), tune=task.bits(model, "tune"),
-               kept_before=before["kept"], kept_after=task.kept(model), **task.extra(model), curve=curve, ms_per_step=round(ms, 2),
-               peak_mib=round(peak(args.device), 1), orthogonality_error=None)
+    if args.compile:
+        model.compile()
+
+    def evaluate(model, step, loss, lr):
+        tuned = task.bits(model, "tune", args.eval_batches)
+        append(args.out / "metrics.jsonl", dict(cell=stem, step=step, loss=loss / math.log(2), tune=tuned, lr=lr))
+        return tuned
+
+    keep = lambda s: write(checkpoint, dump(s | dict(cell=cell, chosen=(score, seconds, mib))))
+    refresh = (lambda model, optimizer: loft.refresh(model, choose(model), optimizer)) if chosen else None
+    if cell["lr"]:
+        state = fit(task, model, args.steps, cell["lr"], seed, args, line, state=state, keep=keep, refresh=refresh, evaluate=evaluate,
+                    everything=method == "full")
+    else:
+        state = dict(step=0, curve=[], ms=[0.0])
+    measures = {split: task.bits(model, split) for split in task.splits if split not in ("tune", "val")} | task.measure(model)
+    row = cell | dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), score=score, select_s=round(seconds, 3),
+                      select_mib=round(mib, 1), before=before["val"], after=task.bits(model, "val"), tune=task.bits(model, "tune"),
+                      kept_before=before["kept"], kept_after=task.kept(model), measures_before=before["measures"], measures=measures,
+                      curve=state["curve"], stopped=state["step"], ms_per_step=round(statistics.median(state["ms"]), 2),
+                      peak_mib=round(peak(args.device), 1), orthogonality_error=None)
     if loft.layers(model):
         if method != "lora":
             row["orthogonality_error"] = max(loft.orthogonality_error(model).values())
-        loft.save(model, args.out / f"{name}-{method}-{support}-lr{lr:g}-seed{seed}.pt")
+        write(args.out / f"{stem}.pt", weights(model)["adapter"].numpy().tobytes())
+    if args.export and rank() == 0:
+        folder = args.out / f"{stem}-merged"
+        folder.mkdir(exist_ok=True)
+        merged = loft.merge(model) if loft.layers(model) else model
+        task.export(merged, folder) if task.export else write(folder / "model.pt", dump(merged.state_dict()))
+    if rank() == 0:
+        checkpoint.unlink(missing_ok=True)
     return row
-
-
-def groups(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each (task, method, support), all seeds, at its learning rate with the lowest loss on the tune split."""
-    found: dict = {}
-    for row in rows:
-        found.setdefault((row["task"], row["method"], row["support"]), {}).setdefault(row["lr"], []).append(row)
-    first = lambda rs: min(rs, key=lambda r: r["seed"])["tune"]                # rates are tried on the first seed
-    return [min(by_lr.values(), key=first) for by_lr in found.values()]
-
-
-def aligned(head: tuple, lines: list[tuple], left: int) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *lines)]
-    return "\n".join("  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths)))
-                     for line in (head, *lines))
-
-
-def table(rows: list[dict]) -> str:
-    """One line per method and support: mean over the seeds, and the standard deviation of the loss after."""
-    head = ("method", "support", "lr", "trainable", "before", "after", "± (seeds)", "old after", "ms/step", "peak MiB", "orth. error")
-    extra = [k for k in ("accuracy", "macro_f1") if k in rows[0]]
-    lines = []
-    for group in groups(rows):
-        mean = lambda key: statistics.fmean(r[key] for r in group)
-        row, error = group[0], max(r["orthogonality_error"] or 0 for r in group)
-        spread = f"{statistics.stdev(r['after'] for r in group):.4f} ({len(group)})" if len(group) > 1 else ""
-        lines.append((row["method"], row["support"] or "", f"{row['lr']:g}" if row["lr"] else "", f"{row['trainable']:,}",
-                      f"{mean('before'):.4f}", f"{mean('after'):.4f}", spread, f"{mean('kept_after'):.4f}", f"{mean('ms_per_step'):.1f}",
-                      f"{mean('peak_mib'):.0f}", f"{error:.0e}" if error else "", *(f"{mean(k):.3f}" for k in extra)))
-    return aligned((*head, *extra), lines, 2)
-
-
-def comparison(rows: list[dict]) -> str:
-    """Does the first-order score predict what a support is worth? Losses, speed, cost, and the rank correlation."""
-    lines, by_seed = [], {}
-    chosen = [g for g in groups(rows) if g[0]["score"] is not None]
-    goal = {r["seed"]: r["curve"][-1][1] for g in chosen if g[0]["support"] == "principal" for r in g if r["curve"]}
-    for group in sorted(chosen, key=lambda g: -g[0]["score"]):
-        reach = [next((step for step, loss in r["curve"] if loss <= goal[r["seed"]]), None) for r in group if r["seed"] in goal]
-        steps = [s for s in reach if s is not None]
-        mean = lambda key: statistics.fmean(r[key] for r in group)
-        sd = statistics.stdev(r["after"] for r in group) if len(group) > 1 else 0.0
-        lines.append((group[0]["support"], f"{group[0]['lr']:g}", f"{mean('score'):.3f}", f"{mean('after'):.4f}", f"{sd:.4f}",
-                      f"{mean('before') - mean('after'):.4f}", f"{statistics.median(steps):.0f} ({len(steps)}/{len(reach)})" if steps else "never",
-                      f"{mean('kept_after'):.3f}", f"{mean('select_s'):.2f}", f"{mean('select_mib'):.0f}"))
-        for r in group:
-            by_seed.setdefault(r["seed"], []).append((r["score"], r["before"] - r["after"]))
-    head = ("support", "lr", "score", "after", "±", "decrease", "steps to principal's loss", "old after", "select s", "select MiB")
-    rank = lambda values: torch.tensor(values).argsort().argsort().double()
-    spearman = [torch.corrcoef(torch.stack([rank([s for s, _ in pairs]), rank([d for _, d in pairs])]))[0, 1].item()
-                for pairs in by_seed.values() if len(pairs) > 2]
-    words = (f"rank correlation of score and decrease over {len(chosen)} supports: {statistics.fmean(spearman):.2f} "
-             f"({min(spearman):.2f} to {max(spearman):.2f} over {len(spearman)} seeds)" if spearman else "")
-    return aligned(head, lines, 1) + "\n" + words
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -444,98 +404,202 @@ def one_of(*valid: str):
     return parse
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def several(kind):
+    """argparse type: comma-separated positive numbers."""
+    def parse(text: str) -> list:
+        try:
+            values = [kind(v) for v in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers")
+        if min(values) <= 0 or not all(map(math.isfinite, values)):
+            raise argparse.ArgumentTypeError(f"{text!r}: positive numbers are wanted")
+        return values
+    return parse
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    supports = (*SUPPORTS, "all")
-    positive = lambda t: n if (n := int(t)) > 0 else parser.error(f"{t} is not a positive number")
-    add = parser.add_argument
+    what, how, loop, out = (parser.add_argument_group(t) for t in ("what to adapt", "how", "training", "results"))
+    add = what.add_argument
     add("--task", type=one_of(*TASKS), help=f"any of {', '.join(TASKS)} (comma-separated; default code)")
-    add("--compare", choices=("supports",), help="every support on every task: 5 seeds, rates tuned on the first, curves, rank correlation")
-    add("--method", type=one_of(*METHODS), help=f"any of {', '.join(METHODS)} (comma-separated; default frozen,loft,full)")
-    add("--support", type=one_of(*supports), help=f"any of {', '.join(supports)} (comma-separated; default: every one "
-        "for loft, the paper's for the other methods)")
-    add("--transform", choices=list(loft.TRANSFORMS), help="of loft; default: the method's")
-    add("--side", choices=loft.SIDES, default="input")
-    add("--backend", choices=("eager", "fused"), default="fused", help="loft.py's own lines, or their fast twins in kernels.py (default)")
-    add("--rank", type=positive, default=16, help="dimensions of a support; reflections of hra (default 16)")
-    add("--lr", type=lambda t: [float(v) for v in t.split(",")], help="one, or several: tried on the first seed, and the best "
-        "on the tune split taken for the others (default: a rate for each support)")
-    add("--steps", type=positive, default=200, help="adaptation steps (default 200)")
-    add("--pretrain-steps", type=positive, default=PRETRAIN_STEPS)
-    add("--refresh", type=positive, help="every so many steps, keep the rotation and choose a new support at the new point")
+    add("--model", help="a model of transformers: a folder or a name")
+    add("--data", type=Path, help=".txt; .jsonl or .csv with text, prompt and response, or text and label; .pt with images x and classes y")
+    add("--val", type=Path, help="the same to measure on (default: a tenth of --data)")
+    add("--old", type=Path, help="a text of the old domain, to measure what is forgotten")
+    add("--context", type=positive, help="tokens in a row (default 512, or what the model takes)")
+    add = how.add_argument
+    add("--method", type=one_of(*METHODS), help=f"any of {', '.join(METHODS)} (default frozen,loft,psoft,oft,lora,full)")
+    add("--support", type=one_of(*SUPPORTS), help=f"of loft, any of {', '.join(SUPPORTS)} (default random,principal,gradient,skew)")
+    add("--rank", type=several(int), help="of supports and lora, reflections of hra (oft and boft keep their blocks)")
+    add("--budget", type=several(int), help="trainable parameters, instead of a rank: every method takes its largest size below "
+        "(default: what LoRA has at rank 1, its least)")
+    add("--transform", choices=list(loft.TRANSFORMS), help="of loft; default cayley")
+    add("--side", choices=loft.SIDES, default="input", help="of loft")
+    add("--targets", help="regex of the layers to adapt (default: all linear ones but heads)")
     add("--calibration", type=positive, default=8, help="batches that a support is chosen from (default 8)")
-    add("--seed", type=int, default=0, help="the first seed: data order, calibration, random supports")
-    add("--seeds", type=positive, help="how many seeds, --seed and up (default 1; 5 with --compare)")
+    add("--refresh", type=positive, help="every so many steps, keep the rotation and choose a new support at the new point")
+    add("--backend", choices=("eager", "fused"), default="fused", help="loft.py's own lines, or their fast twins in kernels.py (default)")
+    add = loop.add_argument
+    add("--lr", type=several(float), help="several: tried on the first seed, and the best on the tune split goes on "
+        "(default: one for each method and support)")
+    add("--grid", action="store_true", help="every rate on every seed")
+    add("--steps", type=positive, default=200, help="default 200")
+    add("--batch", type=positive, help="examples in a step, over all devices (default: the task's)")
+    add("--accumulate", type=positive, default=1, help="pieces of a batch that a device takes one after another")
+    add("--warmup", type=float, default=0.1, help="share of the steps, before a cosine decay (default 0.1)")
+    add("--clip", type=float, help="largest norm of the gradient")
+    add("--patience", type=positive, help="stop after so many evaluations on the tune split without gain; the best weights stay")
+    add("--eval-every", type=positive, help="steps (default a tenth)")
+    add("--eval-batches", type=positive, default=2, help="of the tune split, in an evaluation (default 2)")
+    add("--seed", type=int, default=0, help="the first seed: data order, calibration, random supports, dropout")
+    add("--seeds", type=positive, help="how many seeds, --seed and up (default 1)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    add("--autocast", action="store_true", help="compute in bfloat16 where it is safe")
+    add("--checkpointing", action="store_true", help="activations are computed again in backward, not kept")
+    add("--compile", action="store_true", help="torch.compile the model")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    add("--shard", action="store_true", help="under torchrun: the frozen weights in shards (FSDP2), not a whole copy on each device")
+    add("--pretrain-steps", type=positive, help="of the old domain (default: the task's)")
+    add("--probe-steps", type=positive, help="that a new head is first trained alone (default: the task's)")
+    add = out.add_argument
     add("--out", type=Path, help="folder of the results (default runs/ and the time)")
-    args = parser.parse_args(argv)
-    args.task = args.task or (list(TASKS) if args.compare else ["code"])
-    args.method = args.method or (["loft"] if args.compare else ["frozen", "loft", "full"])
-    args.seeds = args.seeds or (5 if args.compare else 1)
-    args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if args.compare else None)
+    add("--resume", nargs="?", const=True, metavar="DIR", help="go on with the run in DIR (or --out): its settings unless given, finished "
+        "cells are skipped, the one in progress goes on at its last checkpoint")
+    add("--save-every", type=positive, default=50, help="steps from checkpoint to checkpoint (default 50)")
+    add("--export", action="store_true", help="also write the merged model, in the format it came in")
+    add("--compare", choices=("supports", "methods"), help="README's tables: every support on code and understanding (rank 16, 5 seeds), or "
+        "every method on every task (3 seeds); rates tuned on the first seed")
+    add("--report", type=Path, nargs="+", metavar="DIR", help="no training: one table over the results of these runs")
+    add("--plot", action="store_true", help="also draw curves, and loss against parameters (needs matplotlib)")
+    return parser
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    p = parser()
+    args = p.parse_args(argv)
+    if args.resume:
+        args.out = args.out if args.resume is True else Path(args.resume)
+        if not args.out or not (args.out / "settings.json").exists():
+            p.error(f"--resume: {args.out or 'no folder given; --resume DIR'}{' holds no settings.json of a run' if args.out else ''}")
+        given = json.loads((args.out / "settings.json").read_text())["argv"]
+        args = p.parse_args([*given, *argv])
+        args.out = args.out if args.resume is True else Path(args.resume)
+    elif args.out and (args.out / "results.jsonl").exists() and not args.report:
+        p.error(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out begins one")
+    if bool(args.model) != bool(args.data) or args.model and args.task:
+        p.error("--model and --data go together, without --task")
+    if args.shard and "full" in (args.method or ()):
+        p.error("--shard is for adapters: it shards what is frozen, and --method full freezes nothing")
+    compare = args.compare
+    args.task = ["own"] if args.model else args.task or {"supports": ["code", "understanding"], "methods": list(TASKS)}.get(compare, ["code"])
+    args.method = args.method or {"supports": ["frozen", "loft"], "methods": list(METHODS)}.get(compare) or [
+        m for m in ("frozen", "loft", "psoft", "oft", "lora", "full") if not (args.shard and m == "full")]
+    args.support = args.support or (list(SUPPORTS) if compare == "supports" else ["random", "principal", "gradient", "skew"])
+    args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
+    args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
+    args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if compare else None)
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.dtype = getattr(torch, args.dtype)
+    if "RANK" in os.environ and not args.report:                               # started by torchrun
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+    pieces = args.accumulate * world()
+    if args.calibration < world() or (args.batch or 8) < pieces:
+        p.error(f"{pieces} pieces of a batch (--accumulate × devices) need --batch {pieces} or more, {world()} devices --calibration {world()}")
     try:
         args.device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as e:
-        parser.error(f"--device {args.device}: {str(e).splitlines()[0]}")
+        p.error(f"--device {args.device}: {str(e).splitlines()[0]}")
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     args.out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return args
 
 
-def rows_of(args, name: str, task: Task, done: Callable[[dict], None], failed: list[str]) -> None:
-    """Runs every method and support on one task; of several learning rates, the best on the first seed goes on."""
-    before = dict(val=task.bits(task.model, "val"), kept=task.kept(task.model))
-    print(f"2. {name}: {before['val']:.3f} bits on the new domain, {before['kept']:.3f} on the old, before adaptation")
-    plan = [(method, support) for method in args.method for support in (
-        (args.support or SUPPORTS) if method == "loft" else [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]])]
-    for i, (method, support) in enumerate(plan, 1):
+def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
+    """Every cell of one task; of several learning rates, the best on the first seed goes on to the others."""
+    torch.manual_seed(0)
+    task = ready(own(args) if name == "own" else TASKS[name](args), args)
+    model, frozen = task.model, targets(task, args)
+    measured = lambda: {s: task.bits(model, s) for s in task.splits if s not in ("tune", "val")} | task.measure(model)
+    before = dict(val=task.bits(model, "val"), kept=task.kept(model), measures=measured())
+    print(f"2. {name}: {before['val']:.3f} bits on the new domain" + (f", {before['kept']:.3f} on the old" if before["kept"] else "") + ", before adaptation")
+    shapes = [loft._shape(m) for m in frozen.values()]
+    budgets = args.budget or [sum(map(sum, shapes))]
+    settings = {k: str(v) if isinstance(v, (Path, torch.dtype)) else v for k, v in vars(args).items() if k not in NOT_OF_A_CELL}
+    plan = []
+    for method in args.method:
+        supports = args.support if method == "loft" else [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]]
+        wanted = [None] if method in ("frozen", "full", "goft") else args.rank if args.rank and method not in ("oft", "boft") else [
+            None] if args.rank else [sizes(method, shapes, b) for b in budgets]
+        plan += [dict(task=name, method=method, support=s, size=z) for s, z in itertools.product(supports, dict.fromkeys(wanted))]
+
+    for i, base in enumerate(plan, 1):
+        method, support = base["method"], base["support"]
         still = method == "frozen" and not task.trainable
-        rates = [None] if still else args.lr or [RATES.get(support or method, 1e-2)]
+        rates = [None] if still else args.lr or [RATES.get(support if method == "loft" else method, 1e-2)]
         tried: dict[float | None, float] = {}
 
         def attempt(lr, seed):
-            line = f"[{name} {i}/{len(plan)}] {method} {support or ''}".ljust(32) + (f" lr {lr:g} seed {seed}" if lr else "")
-            try:
-                row = run(name, task, method, support, lr, seed, before, args, line)
-            except FloatingPointError as e:                                    # the other rows go on
-                failed.append(str(e))
-                return print(f"\n{e}")
-            done(row)
+            cell = base | dict(lr=lr, seed=seed, **settings)
+            line = f"[{name} {i}/{len(plan)}] {method} {support or ''} {base['size'] or ''}".ljust(36) + (f" lr {lr:g} seed {seed}" if lr else "")
+            row = next((r for r in rows if all(r.get(k) == v for k, v in cell.items())), None)
+            if row is None:
+                try:
+                    row = run(task, cell, before, args, line)
+                except Exception as e:                                         # the other cells go on
+                    failed.append(f"{line.strip()}: {type(e).__name__}: {e}")
+                    return print(f"\n{failed[-1]}")
+                rows.append(row)
+                append(args.out / "results.jsonl", row)
             if seed == args.seed:
                 tried[lr] = row["tune"]
         for lr in rates:
             attempt(lr, args.seed)
-        if tried and not still:
-            for seed in range(args.seed + 1, args.seed + args.seeds):
-                attempt(min(tried, key=tried.get), seed)
+        for seed in range(args.seed + 1, args.seed + args.seeds) if tried and not still else ():
+            for lr in rates if args.grid else [min(tried, key=tried.get)]:
+                attempt(lr, seed)
 
 
-def main(argv=None) -> list[dict]:
+def main(argv: list[str] | None = None) -> list[dict]:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    if args.report:
+        rows = [row for folder in args.report if folder.is_dir() for row in read_rows(folder / "results.jsonl")]
+        if not rows:
+            raise SystemExit(f"--report: no results.jsonl with a finished row in {', '.join(map(str, args.report))}")
+        args.out = args.report[0].parent
+        print(show(rows, bool(args.compare)))
+        print(plot(rows, args.out / "plot.png") if args.plot else "")
+        return rows
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) if isinstance(v, (Path, torch.device, torch.dtype)) else v for k, v in vars(args).items()}
-    settings |= dict(torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads())
-    (args.out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    rows, failed = [], []
-    with open(args.out / "results.jsonl", "a") as file:
-        def done(row):
-            rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-        try:
-            for name in args.task:
-                rows_of(args, name, TASKS[name](args), done, failed)
-        except KeyboardInterrupt:
-            print("\ninterrupted; what is finished:" if rows else "\ninterrupted before the first row was finished")
-    seeds = f"seed {args.seed}" if args.seeds == 1 else f"seeds {args.seed} to {args.seed + args.seeds - 1}"
-    for name in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == name]
-        print(f"\n{name}: bits on held-out data of the new domain (before, after) and of the old; {args.steps} steps, rank {args.rank}, "
-              f"{seeds}, {args.device}, torch {torch.__version__}\n\n{table(mine)}")
-        if args.compare:
-            print("\n" + comparison(mine))
+    if not args.resume:
+        about = dict(argv=argv, torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads(), devices=world())
+        write(args.out / "settings.json", json.dumps(about | {k: v for k, v in vars(args).items()}, indent=1, default=str).encode())
+    rows, failed = read_rows(args.out / "results.jsonl"), []
+    try:
+        for name in args.task:
+            train(args, name, rows, failed)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: python train.py --resume {args.out} goes on" + ("; what is finished:" if rows else ""))
+    if rows:
+        text = show(rows, args.compare == "supports")
+        write(args.out / "table.txt", text.encode())
+        print(f"\n{text}")
+        print(plot(rows, args.out / "plot.png") if args.plot and rank() == 0 else "", end="")
     print("".join(f"\nfailed: {line}" for line in failed) + f"\nwritten to {args.out}/")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if failed:
+        raise SystemExit(1)
     return rows
 
 

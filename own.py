@@ -1,0 +1,208 @@
+"""Your own model and data for train.py: --model and --data.
+
+    train.py --model DIR --data FILE.txt                   a causal language model on a text
+    train.py --model DIR --data FILE.jsonl (or .csv)       with text; prompt and response; or text and label: a classifier
+    train.py --model DIR --data FILE.pt                    torch.save of dict(x=images, y=classes)
+
+DIR is a folder that save_pretrained wrote, or a name that transformers knows.
+"""
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks import Batch, Task, classification, rows
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The examples of a .txt (one text), .jsonl or .csv file: dicts with text; text, label; or prompt, response."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"{path}: {getattr(e, 'strerror', None) or 'is not UTF-8 text'}")
+    if not text.strip():
+        raise SystemExit(f"{path} is empty")
+    if path.suffix == ".txt":
+        return [{"text": text}]
+    if path.suffix == ".jsonl":
+        found = []
+        for i, line in enumerate(text.splitlines(), 1):
+            try:
+                if line.strip():
+                    found.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise SystemExit(f"{path}, line {i}: not a JSON object: {line[:60]}")
+    elif path.suffix == ".csv":
+        found = list(csv.DictReader(text.splitlines(keepends=True)))
+    else:
+        raise SystemExit(f"{path}: a .txt, .jsonl or .csv file is wanted (or .pt: images x and labels y)")
+    wanted = (("prompt", "response"), ("text", "label"), ("text",))
+    columns = next((w for w in wanted if found and set(w) <= found[0].keys()), None)
+    if not columns:
+        raise SystemExit(f"{path} has the columns {', '.join(map(str, found[0])) if found else '(none)'}; wanted: text, or text and label, "
+                         "or prompt and response")
+    for i, example in enumerate(found, 1):
+        if missing := [c for c in columns if example.get(c) in (None, "")]:
+            raise SystemExit(f"{path}, example {i}: no {missing[0]}")
+    return [{c: str(example[c]) for c in columns} for example in found]
+
+
+def pack(examples: list[tuple[list[int], list[int]]], length: int) -> Batch:
+    """(ids, targets), one after another into rows of `length`: ids, targets and segments, each (rows, length) int64.
+
+    An example begins a new row where it does not fit (one longer than a row is cut into pieces). Segments number the
+    examples of a row from 1, 0 is padding. The first target of a segment is -100: nothing precedes it.
+    """
+    pieces = [(ids[i:i + length], targets[i:i + length]) for ids, targets in examples for i in range(0, len(ids), length)]
+    table, room = [], 0
+    for ids, targets in pieces:
+        if all(t == -100 for t in targets[1:]):                                # nothing to learn from: a prompt that fills a row
+            continue
+        if len(ids) > room:
+            table.append(([], [], []))
+            room = length
+        row, k = table[-1], table[-1][2][-1] + 1 if table[-1][2] else 1
+        row[0].extend(ids), row[1].extend([-100, *targets[1:]]), row[2].extend([k] * len(ids))
+        room -= len(ids)
+    fill = (0, -100, 0)
+    return tuple(torch.tensor([row[j] + [fill[j]] * (length - len(row[j])) for row in table], dtype=torch.long).reshape(-1, length)
+                 for j in range(3))
+
+
+def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a causal language model of transformers; no example sees its neighbours in the row."""
+    ids, targets, segments = batch
+    more = {}
+    if (segments != 1).any():                                                  # else: plain causal attention
+        t = torch.arange(ids.shape[1], device=ids.device)
+        same = (segments[:, :, None] == segments[:, None]) & (t[:, None] >= t)                       # (n, t, t)
+        first = torch.where(segments == segments.roll(1, 1), 0, t).masked_fill(t == 0, 0).cummax(1).values
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        more = {"attention_mask": torch.zeros_like(same, dtype=dtype).masked_fill(~same, torch.finfo(dtype).min)[:, None],
+                "position_ids": t - first}                                     # counted within each example
+    logits = model(input_ids=ids, use_cache=False, **more).logits
+    targets = targets[:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
+
+
+def text_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of a sequence classifier of transformers: ids, mask (n, t), padded on the right → (n, classes)."""
+    longest = int(mask.sum(1).max())
+    return model(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]).logits
+
+
+def image_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Of an image classifier of transformers: images (n, channels, h, w) → (n, classes)."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return model(pixel_values=images.to(dtype)).logits
+
+
+def loss_of(logits: Callable[..., Tensor]) -> Callable[[nn.Module, Batch], Tensor]:
+    """Mean cross-entropy of logits(model, inputs …) on batches of (inputs …, classes)."""
+    return lambda model, batch: F.cross_entropy(logits(model, *batch[:-1]).float(), batch[-1])
+
+
+def eights(batch: Batch) -> list[Batch]:
+    return list(zip(*(t.split(8) for t in batch)))
+
+
+def split(batch: Batch, val: Batch | None, shuffle: bool, path) -> tuple[Batch, dict[str, list[Batch]]]:
+    """(train, {tune, val}): a tenth is kept to tune on, and another one to measure on if there is no file for it."""
+    n = len(batch[0])
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)) if shuffle else torch.arange(n)   # a text: its end
+    part = max(1, n // 10)
+    if n < (3 if val is None else 2):
+        raise SystemExit(f"{path} makes {n} examples: too few to keep some to tune and to measure on; give more, or a smaller --context")
+    take = lambda rows: tuple(t[rows] for t in batch)
+    val, rest = (take(order[-part:]), order[:-part]) if val is None else (val, order)
+    return take(rest[:-part]), {"tune": eights(take(rest[-part:])), "val": eights(val)}
+
+
+def own(args) -> Task:
+    """A model of transformers (a name, or a folder that save_pretrained wrote) on the examples of a file.
+
+    Texts (packed), prompts with responses (packed, loss on the response), texts with labels, or a .pt file with images.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise SystemExit("--model needs the package transformers: pip install transformers")
+
+    def pretrained(kind: str, **more):
+        try:
+            return getattr(transformers, kind).from_pretrained(args.model, **more)
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise SystemExit(f"--model {args.model}: {kind} cannot load it: {str(e).strip().splitlines()[0]}")
+
+    def classifier(kind: str, classes: int):
+        """The model with as many classes, and a regex of its head: what was not in its files, by name or shape."""
+        model, info = pretrained(kind, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True)
+        new = {*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info.get("mismatched_keys", ()))}
+        return model, "|".join([r"^(score|classifier|head)\b", *(f"^{re.escape(n)}$" for n in sorted(new))])
+
+    def images(path):
+        try:
+            data = torch.load(path, weights_only=True)
+            return data["x"], data["y"].long()
+        except Exception as e:
+            raise SystemExit(f"{path}: wanted is torch.save of dict(x=images (n, channels, h, w), y=classes (n,)): {str(e).splitlines()[0]}")
+
+    if args.data.suffix == ".pt":
+        data, val = images(args.data), images(args.val) if args.val else None
+        model, head = classifier("AutoModelForImageClassification", int(data[1].max()) + 1)
+        train, splits = split(data, val, True, args.data)
+        return Task("own", model, rows(*train), loss_of(image_logits), splits, trainable=head, probe=100, size=8,
+                    measure=lambda m: classification(m, splits["val"], image_logits), export=lambda m, path: m.save_pretrained(path))
+
+    examples, held_out = read(args.data), read(args.val) if args.val else None
+    tokenizer = pretrained("AutoTokenizer")
+    if held_out and held_out[0].keys() != examples[0].keys():
+        raise SystemExit(f"{args.val} has {', '.join(held_out[0])}, {args.data} has {', '.join(examples[0])}: they must be alike")
+    most = getattr(transformers.AutoConfig.from_pretrained(args.model), "max_position_embeddings", None) or 512
+    context = min(args.context or 512, most)
+
+    def export(model, path):
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    if "label" in examples[0]:
+        labels = sorted({e["label"] for e in examples})
+        if unknown := {e["label"] for e in held_out or ()} - set(labels):
+            raise SystemExit(f"{args.val} has the label {min(unknown)!r}, which {args.data} has not")
+        model, head = classifier("AutoModelForSequenceClassification", len(labels))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        tokenizer.padding_side = "right"
+
+        def tensors(examples):
+            got = tokenizer([e["text"] for e in examples], truncation=True, max_length=context, padding=True, return_tensors="pt")
+            return got.input_ids, got.attention_mask, torch.tensor([labels.index(e["label"]) for e in examples])
+        train, splits = split(tensors(examples), tensors(held_out) if held_out else None, True, args.data)
+        return Task("own", model, rows(*train), loss_of(text_logits), splits, trainable=head, probe=100, size=8,
+                    measure=lambda m: classification(m, splits["val"], text_logits), export=export)
+
+    model, end = pretrained("AutoModelForCausalLM"), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def tensors(examples):
+        coded = []
+        for e in examples:
+            prompt = tokenizer(e["prompt"]).input_ids if "prompt" in e else []
+            while prompt and end and prompt[-1] == end[0]:                     # some tokenizers end every text
+                prompt.pop()
+            answer = tokenizer(e.get("response") or e["text"], add_special_tokens="prompt" not in e).input_ids
+            answer += end if answer[-1:] != end else []
+            coded.append((prompt + answer, [-100] * len(prompt) + answer))
+        return pack(coded, context)
+    many = len(examples) > 1
+    train, splits = split(tensors(examples), tensors(held_out) if held_out else None, many, args.data)
+    old = Task("old", model, None, packed_loss, {"val": eights(tensors(read(args.old)))}) if args.old else None
+    return Task("own", model, rows(*train), packed_loss, splits, old, size=8, export=export,
+                count=lambda b: max(1, int((b[1][:, 1:] != -100).sum())))

@@ -1,0 +1,510 @@
+"""What train.py and tasks.py promise: runs that survive anything, one result on any number of devices, honest tables."""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import loft
+import own
+import tasks
+import train
+from tasks import Task
+
+HERE = Path(__file__).resolve().parent
+QUICK = ["--steps", "6", "--save-every", "2", "--eval-every", "2", "--calibration", "2"]
+
+
+class Net(nn.Module):
+    """Tiny, with dropout: what resumes must restore the random state too."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2)])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def tiny(args, dropout: float = 0.0, trainable: str = r"^head\.") -> Task:
+    g = torch.Generator().manual_seed(5)
+    teacher = torch.randn(16, 4, generator=g)
+
+    def batch(generator, n):
+        x = torch.randn(n, 16, generator=generator)
+        return x, (x @ teacher).argmax(1)
+    splits = {"tune": [batch(g, 32)], "val": [batch(g, 32)]}
+    return Task("tiny", Net(dropout), batch, tasks.label, splits, trainable=trainable,
+                measure=lambda m: tasks.classification(m, splits["val"]), size=8)
+
+
+def child(argv: list[str], die: str = "") -> None:
+    """Run in a process of its own: train.py on the tiny task, which kills itself as `die` says."""
+    torch.set_num_threads(1)
+    train.TASKS["code"] = lambda args: tiny(args, dropout=0.2)
+    replace, count = os.replace, 0
+
+    def dying(source, target):
+        nonlocal count
+        count += str(target).endswith(".checkpoint")
+        if die == "before" and count == 2:                                     # the second checkpoint is written, not yet in place
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if die == "after" and count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if die:
+        os.replace = dying
+    train.main(argv)
+
+
+def start(code: str, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *more, "-c", f"import test_train; {code}"] if not more else [sys.executable, *more],
+                          cwd=HERE, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """run(argv, folder) → rows, on the tiny task."""
+    monkeypatch.setitem(train.TASKS, "code", tiny)
+    return lambda *argv, out="run": train.main([*QUICK, *argv, "--out", str(tmp_path / out)])
+
+
+MEASURED = ("before", "after", "tune", "score", "curve", "measures", "trainable", "orthogonality_error", "kept_after")
+
+
+def same(row, other) -> bool:
+    as_json = lambda r: json.loads(json.dumps({k: r[k] for k in MEASURED}))
+    return as_json(row) == as_json(other)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tasks
+# ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_task_is_deterministic_and_its_splits_share_no_example(name):
+    torch.manual_seed(0)
+    task, again = tasks.TASKS[name](None), tasks.TASKS[name](None)
+    draw = lambda t: t.batch(torch.Generator().manual_seed(3), 4)
+    for a, b in zip(draw(task), draw(again)):
+        assert torch.equal(a, b) and len(a) == 4
+    seen = {p: {row.numpy().tobytes() for batch in task.splits[p] for row in batch[0]} for p in ("tune", "val")}
+    assert not seen["tune"] & seen["val"] and all(len(s) > 200 for s in seen.values())
+    if task.trainable == "":                                                   # as language models: the old domain is the same model's
+        assert task.model is task.old.model
+    loss = task.loss_fn(task.model, draw(task))
+    assert loss.ndim == 0 and loss.isfinite() and task.old.bits(task.model.get_submodule(task.body), "val", 1) > 0
+
+
+def test_held_out_problems_are_not_trained_on_and_the_right_answers_count():
+    task = tasks.math_(None)
+    train_rows = {r.numpy().tobytes() for _ in range(3) for r in task.batch(torch.Generator().manual_seed(_), 5000)[0]}
+    val = torch.cat([b[0] for b in task.splits["val"]])
+    assert not train_rows & {r.numpy().tobytes() for r in val}
+    for row in val[:50]:                                                       # the arithmetic is right, and a chain
+        prompt, response = bytes(row[row != 0].tolist()).decode().split(": ")
+        sums = response.split()
+        assert all(eval(s.replace("=", "==")) for s in sums) and len(sums) == prompt.count(",") and len(sums) > 1
+        assert all(b.startswith(a.split("=")[1] + "+") or b.startswith(a.split("=")[1] + "-") for a, b in zip(sums, sums[1:]))
+
+    class Oracle(nn.Module):                                                   # knows the first half of the answers
+        def __init__(self, known):
+            super().__init__()
+            self.known, self.p = known, nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens):
+            logits = torch.zeros(*tokens.shape, 256)
+            for i, row in enumerate(tokens):
+                end = bytes(row.tolist()).index(b": ") + 2
+                match = (self.known[:, :end] == row[:end]).all(1).nonzero()
+                answer = self.known[match[0, 0]] if len(match) else torch.full((tasks.CONTEXT,), ord("\n"))
+                logits[i, torch.arange(tokens.shape[1] - 1), answer[1:tokens.shape[1]]] = 1
+                logits[i, -1, answer[tokens.shape[1]] if tokens.shape[1] < tasks.CONTEXT else 0] = 1
+            return logits
+    assert task.measure(Oracle(val[:256]))["exact_match"] == 0.5
+
+
+def test_images_show_what_their_labels_say():
+    one = lambda **k: tasks.draw(**(dict(shape=torch.tensor([2]), angle=torch.tensor([0.0]), size=torch.tensor([0.3]), centre=torch.zeros(1, 2)) | k))
+    assert not torch.equal(one(), one(angle=torch.tensor([math.pi / 4])))
+    torch.testing.assert_close(one(angle=torch.tensor([math.pi / 2])), one().rot90(-1, (1, 2)))
+    assert len({tasks.draw(torch.tensor([s]), torch.zeros(1), torch.ones(1), torch.zeros(1, 2)).numpy().tobytes() for s in range(5)}) == 5
+    task = tasks.vision(None)
+    images, labels = task.batch(torch.Generator().manual_seed(0), 200)
+    cells = F.avg_pool2d(images[:, None], 8, 4, 2)                             # the bright object is where the label says
+    x, y = labels[:, 2] % 3, labels[:, 2] // 3
+    at = lambda i, j: images[torch.arange(200)[:, None, None], (5 + 10 * j)[:, None, None] + torch.arange(-3, 5)[:, None],
+                             (5 + 10 * i)[:, None, None] + torch.arange(-3, 5)].amax((1, 2))
+    assert (at(x, y) > 1.15).all() and cells.isfinite().all()
+    assert [int(c.max()) + 1 for c in labels.T] == [8, 4, 9, 4] and (labels.min(0).values == 0).all()
+
+
+def test_unseen_languages_combine_rules_that_are_seen_one_by_one():
+    task = tasks.multilingual(None)
+    text = lambda split: [bytes(r.tolist()).decode("utf-8", "replace") for b in task.splits[split] for r in b[0]]
+    assert len(text("unseen")) == 256 and not set(text("unseen")) & set(text("val"))
+    share = lambda texts, letters: sum(t.count(c) for t in texts for c in letters) / sum(map(len, texts))
+    english = [tasks.prose()["val"]]
+    assert share(english, "e") > 1.3 * share(text("unseen"), "e")              # e → i in most of them
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Cells, budgets, tables
+# ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", [m for m in loft.METHODS if m != "goft"])
+def test_a_size_is_the_largest_within_the_budget(method):
+    shapes, budget = [(32, 96), (32, 32), (128, 32)], 1500
+    build = lambda: nn.Sequential(*[nn.Linear(d, n) for d, n in shapes])
+    size = train.sizes(method, shapes, budget)
+
+    def parameters(size):
+        options = {"block_size": size} if method in ("oft", "boft") else {}
+        rank = {str(i): min(size, d) for i, (d, _) in enumerate(shapes)} if method in ("loft", "psoft") else size
+        model = loft.adapt(build(), ".", method=method, rank=None if options else rank, **options)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    more = {"oft": size * 2, "boft": size * 2, "hra": size + 2}.get(method, size + 1)
+    assert parameters(size) <= budget < parameters(more)
+
+
+def test_a_grid_runs_once_and_its_rates_are_tried_on_the_first_seed(quick, tmp_path, capsys):
+    grid = ["--method", "frozen,loft,lora", "--support", "random,skew", "--rank", "2,4", "--seeds", "2", "--lr", "1e-3,1e-2"]
+    rows = quick(*grid)
+    assert len(rows) == 2 * 1 + (2 * 2 + 2) * 3 + 1                            # the head of frozen trains: it has rates too
+    lines = (tmp_path / "run/results.jsonl").read_text().splitlines()
+    assert len(lines) == len(rows)
+    capsys.readouterr()
+    again = train.main(["--resume", str(tmp_path / "run")])                    # nothing is left to do
+    assert "step" not in capsys.readouterr().out.split("2. code")[1].split("ms/step")[0].replace("6 steps", "")
+    assert [json.dumps(r) for r in again] == lines == (tmp_path / "run/results.jsonl").read_text().splitlines()
+    more = train.main(["--resume", str(tmp_path / "run"), "--rank", "2,4,8"])  # a larger grid: the new cells only
+    assert len(more) == len(rows) + 3 * 3
+    every = quick("--method", "lora", "--rank", "2", "--seeds", "2", "--lr", "1e-3,1e-2", "--grid", out="every")
+    assert {(r["lr"], r["seed"]) for r in every} == {(1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)}
+
+
+def test_a_folder_with_results_is_not_written_over(quick, tmp_path, capsys):
+    quick("--method", "frozen")
+    with pytest.raises(SystemExit):
+        quick("--method", "frozen")
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_one_cell_fails_and_the_others_go_on(quick, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quick("--method", "loft,lora,full", "--support", "skew", "--rank", "2", "--lr", "1e-3,1e30", "--transform", "expm")
+    assert stop.value.code == 1
+    out, rows = capsys.readouterr().out, train.read_rows(tmp_path / "run/results.jsonl")
+    assert {(r["method"], r["lr"]) for r in rows} >= {("loft", 1e-3), ("lora", 1e-3), ("full", 1e-3)}
+    assert "failed" in out and "at step" in out and "first in" in out
+
+
+def test_a_run_that_meets_nan_leaves_its_last_good_checkpoint(monkeypatch, tmp_path):
+    def poisoned(args):
+        task, batch, calls = tiny(args), tiny(args).batch, []
+
+        def poison(generator, n):
+            calls.append(n)
+            x, y = batch(generator, n)
+            return (x * math.nan if len(calls) == 2 + 5 else x), y             # 2 calibration batches, then step 5
+        task.batch = poison
+        return task
+    monkeypatch.setitem(train.TASKS, "code", poisoned)
+    with pytest.raises(SystemExit):
+        train.main([*QUICK, "--method", "loft", "--support", "skew", "--rank", "4", "--out", str(tmp_path / "r")])
+    left, = (tmp_path / "r").glob("*.checkpoint")
+    state = torch.load(left, weights_only=True)
+    assert state["step"] == 4
+    model = tiny(None).model
+    train.restore(model, state["weights"])
+    assert all(p.isfinite().all() for p in model.parameters()) and loft.layers(model)
+
+
+def test_report_and_plot(quick, tmp_path, capsys):
+    quick("--method", "loft", "--support", "skew", "--rank", "4", "--seeds", "2", out="a")
+    quick("--method", "loft,full", "--support", "skew", "--rank", "4", "--seed", "2", out="b")
+    quick("--method", "loft", "--support", "skew", "--rank", "4", "--clip", "0.1", out="c")
+    capsys.readouterr()
+    rows = train.main(["--report", str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "c"), str(tmp_path / "not there")])
+    out = capsys.readouterr().out
+    skew = [line.split() for line in out.splitlines() if "skew" in line]
+    mean = sum(r["after"] for r in rows if r["method"] == "loft" and not r["clip"]) / 3
+    assert len(rows) == 5 and len(skew) == 2 and "clip" in out                 # other settings are another line, and named
+    assert f"{mean:.3f}" in out and "(3)" in out
+    with pytest.raises(SystemExit, match="no results.jsonl"):
+        train.main(["--report", str(tmp_path / "not there")])
+    train.main(["--report", str(tmp_path / "a"), "--plot"])
+    try:
+        import matplotlib  # noqa: F401
+        assert (tmp_path / "plot.png").stat().st_size > 5000
+    except ImportError:
+        assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_bad_flags_are_refused_by_name(capsys, tmp_path):
+    for argv, word in ((["--rank", "0"], "positive"), (["--rank", "a"], "numbers"), (["--lr", "nan"], "positive"), (["--steps", "-1"], "positive"),
+                       (["--method", "lroa"], "lora"), (["--support", "best"], "skew"), (["--task", "x"], "vision"), (["--model", "x"], "--data"),
+                       (["--resume", str(tmp_path)], "settings.json"), (["--device", "abc"], "--device"),
+                       (["--batch", "2", "--accumulate", "4"], "--batch 4"), (["--shard", "--method", "full"], "adapters")):
+        with pytest.raises(SystemExit):
+            train.main(argv)
+        assert word in capsys.readouterr().err, argv
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", ["loft", "full"])
+@pytest.mark.parametrize("die", ["before", "after"])
+def test_a_killed_run_goes_on_bit_for_bit(method, die, tmp_path):
+    """kill −9 while the second checkpoint (step 4) is moved into place, or right after."""
+    grid = [*QUICK, "--method", method, "--support", "skew", "--rank", "4", "--patience", "9", "--refresh", "3"]
+    whole = start(f"test_train.child({[*grid, '--out', str(tmp_path / 'whole')]})")
+    assert whole.returncode == 0, whole.stderr
+    killed = start(f"test_train.child({[*grid, '--out', str(tmp_path / 'cut')]}, {die!r})")
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "cut/results.jsonl").exists()
+    step = torch.load(next((tmp_path / "cut").glob("*.checkpoint")), weights_only=True)["step"]
+    assert step == {"before": 2, "after": 4}[die]
+    resumed = start(f"test_train.child(['--resume', {str(tmp_path / 'cut')!r}])")
+    assert resumed.returncode == 0, resumed.stderr
+    (a,), (b,) = (train.read_rows(tmp_path / name / "results.jsonl") for name in ("whole", "cut"))
+    assert same(a, b)
+    assert not list((tmp_path / "cut").glob("*.checkpoint"))
+    files = [sorted((tmp_path / name).glob("*.pt")) for name in ("whole", "cut")]
+    assert len(files[0]) == len(files[1]) == (method == "loft")
+    for x, y in zip(*files):
+        x, y = (loft.load(tiny(None).model, file).state_dict() for file in (x, y))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x if "base" not in k)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2}\n{"a": 3, "b')
+    assert train.read_rows(file) == [{"a": 1}, {"a": 2}]
+    train.append(file, {"a": 4})
+    assert train.read_rows(file) == [{"a": 1}, {"a": 2}, {"a": 4}]
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_devices_give_the_result_of_one(shard, tmp_path):
+    if shard and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        pytest.skip("ignored_params of fully_shard came with torch 2.7")
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport test_train, train\ntrain.TASKS['code'] = test_train.tiny\n"
+                      "train.main(sys.argv[1:])\n")
+    grid = [*QUICK, "--method", "loft,lora" if shard else "loft,lora,full", "--support", "skew", "--rank", "4", "--accumulate", "2", "--clip", "1"]
+    one = start("", str(script), *grid, "--out", str(tmp_path / "one"))
+    two = start("", "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), *grid, *["--shard"] * shard, "--out", str(tmp_path / "two"))
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    for a, b in zip(*(train.read_rows(tmp_path / name / "results.jsonl") for name in ("one", "two")), strict=True):
+        assert a["method"] == b["method"] and a["trainable"] == b["trainable"]
+        for key in ("after", "tune", "score"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-4), (a["method"], key)
+    loft.load(tiny(None).model, next((tmp_path / "two").glob("*loft*.pt")))
+
+
+def test_pieces_of_a_batch_change_nothing_but_rounding(quick):
+    grid = ["--method", "loft", "--support", "skew", "--rank", "4"]
+    (whole,), (pieces,) = quick(*grid), quick(*grid, "--accumulate", "3", out="pieces")                # 8 rows in 3 pieces
+    assert pieces["after"] == pytest.approx(whole["after"], rel=1e-5)
+
+
+def test_pieces_are_weighed_by_their_predictions():
+    """The mean over a batch's tokens, not the mean of its pieces' means."""
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9)), torch.randint(9, (4, 7))
+    targets = ids.masked_fill(torch.arange(7) < torch.tensor([[1], [6], [5], [2]]), -100)
+    task = Task("t", model, lambda g, n: (ids, targets), tasks.next_token, {}, count=lambda b: int((b[1][:, 1:] != -100).sum()))
+    changes = []
+    for accumulate in (1, 2, 4):
+        copied = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
+        copied.load_state_dict(model.state_dict())
+        args = train.plain(None)
+        args.accumulate = accumulate
+        train.fit(task, copied, 1, 1e-2, 0, args, "")
+        changes.append(torch.cat([(p - q).flatten() for p, q in zip(copied.parameters(), model.parameters())]))
+    torch.testing.assert_close(changes[1], changes[0])
+    torch.testing.assert_close(changes[2], changes[0])
+
+
+def test_patience_stops_and_keeps_the_best_weights(quick):
+    row, = quick("--method", "loft", "--support", "skew", "--rank", "8", "--lr", "0.5", "--steps", "40", "--patience", "2", "--warmup", "0.02",
+                 "--eval-batches", "99")
+    assert row["stopped"] < 40 and row["stopped"] == row["curve"][-1][0]
+    assert row["tune"] == pytest.approx(min(loss for _, loss in row["curve"]), rel=1e-6) and row["tune"] < row["curve"][-1][1]
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--autocast"], ["--checkpointing"], ["--backend", "eager"]], ids=lambda f: f[-1])
+@pytest.mark.parametrize("name", ["code", "vision"])
+def test_flags_of_the_loop_on_real_tasks(name, flags, monkeypatch, tmp_path):
+    make = tasks.TASKS[name]
+
+    def small(args):
+        task = make(args)
+        task.splits = {p: b[:1] for p, b in task.splits.items()}
+        task.old.splits, task.measure = {"val": task.old.splits["val"][:1]}, lambda m: {}
+        return task
+    monkeypatch.setitem(train.TASKS, name, small)
+    common = ["--task", name, "--method", "loft", "--support", "skew", "--rank", "4", "--steps", "3", "--pretrain-steps", "1", "--probe-steps", "1",
+              "--batch", "4", "--calibration", "1"]
+    row, = train.main([*common, *flags, "--out", str(tmp_path / "a")])
+    assert math.isfinite(row["after"]) and row["orthogonality_error"] <= 1e-5
+    if flags[0] in ("--checkpointing", "--backend"):
+        plain, = train.main([*common, "--out", str(tmp_path / "b")])
+        assert row["after"] == pytest.approx(plain["after"], rel=1e-4)
+
+
+def test_export_is_the_plain_model(quick, tmp_path):
+    rows = quick("--method", "loft,lora,full", "--support", "skew", "--rank", "4", "--export", "--lr", "1e-2")
+    for row in rows:
+        file, = (tmp_path / "run").glob(f"code-{row['method']}*-merged/model.pt")
+        model = Net()
+        model.load_state_dict(torch.load(file, weights_only=True))
+        assert tiny(None).bits(model.eval(), "val") == pytest.approx(row["after"], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Your own model and data: real transformers classes with small random weights
+# ---------------------------------------------------------------------------------------------------------
+
+def small(kind: str):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                 max_position_embeddings=128)
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=2, n_positions=128))
+    if kind == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    if kind == "qwen":
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    if kind == "bert":
+        del sizes["num_key_value_heads"]
+        return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))  # its classifier is new
+    return transformers.ViTForImageClassification(transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_labels=7))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """make(kind) → a folder as save_pretrained writes it."""
+    def make(kind):
+        model = small(kind)
+        import tokenizers
+        import transformers
+        model.save_pretrained(tmp_path / kind)
+        letters = {c: i for i, c in enumerate(["<end>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
+        bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+        bytewise.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>", pad_token="<end>").save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+    return make
+
+
+def data(path: Path, form: str, n: int = 40) -> Path:
+    examples = {"prompt": [{"prompt": f"{i} plus {i}? ", "response": str(2 * i)} for i in range(n)],
+                "text": [{"text": f"the number {i} and the number {i * i}. " * (1 + i % 3)} for i in range(n)],
+                "label": [{"text": f"it is {w}", "label": "pos" if w in ("good", "fine") else "neg"} for w in ("good", "bad", "fine", "poor")] * (n // 4)}
+    if path.suffix == ".txt":
+        path.write_text(" ".join(e["text"] for e in examples["text"]))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, examples[form])))
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, examples[form][0].keys())
+            writer.writeheader()
+            writer.writerows(examples[form])
+    return path
+
+
+@pytest.mark.parametrize("kind, name, form", [("llama", "d.jsonl", "prompt"), ("qwen", "d.txt", "text"), ("gpt2", "d.csv", "text"),
+                                              ("gpt2", "d.csv", "label"), ("bert", "d.jsonl", "label")])
+def test_your_own_model_and_data(kind, name, form, folder, tmp_path):
+    model, file = folder(kind), data(tmp_path / name, form)
+    import transformers
+    rows = train.main(["--model", str(model), "--data", str(file), "--method", "frozen,loft,lora", "--support", "skew", "--rank", "4", "--lr", "1e-2",
+                       "--steps", "4", "--probe-steps", "2", "--calibration", "2", "--context", "64", "--checkpointing", "--export",
+                       "--old", str(data(tmp_path / "old.txt", "text")), "--out", str(tmp_path / "run")])
+    assert all(math.isfinite(r["after"]) for r in rows) and rows[1]["after"] != rows[1]["before"]
+    assert (rows[1]["kept_after"] is None) == (form == "label")
+    merged, = (tmp_path / "run").glob("own-loft*-merged")
+    auto = transformers.AutoModelForSequenceClassification if form == "label" else transformers.AutoModelForCausalLM
+    plain, ids = auto.from_pretrained(merged).eval(), torch.arange(5, 25)[None]
+    assert not loft.layers(plain) and "loft" not in str(type(plain))
+    adapted = (auto.from_pretrained(model, num_labels=2) if form == "label" else auto.from_pretrained(model)).eval()
+    loft.load(adapted, next((tmp_path / "run").glob("own-loft*.pt")))
+    pad = {"attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(plain(input_ids=ids, **pad).logits, adapted(input_ids=ids, **pad).logits, rtol=1e-4, atol=1e-5)
+    assert len({tuple(transformers.AutoTokenizer.from_pretrained(f)("a b").input_ids) for f in (model, merged)}) == 1
+
+
+def test_your_own_images(folder, tmp_path):
+    model = folder("vit")
+    torch.save({"x": torch.randn(40, 3, 16, 16), "y": torch.arange(40) % 3}, tmp_path / "d.pt")
+    row, = train.main(["--model", str(model), "--data", str(tmp_path / "d.pt"), "--method", "loft", "--support", "skew", "--rank", "4", "--steps", "3",
+                       "--probe-steps", "2", "--calibration", "2", "--out", str(tmp_path / "run")])
+    assert 0 <= row["measures"]["accuracy"] <= 1 and row["trainable"] > 3 * 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen", "gpt2"])
+def test_packed_examples_do_not_see_each_other(kind):
+    """The loss of packed rows is the mean over the tokens of the examples alone."""
+    model = small(kind).eval()
+    g = torch.Generator().manual_seed(0)
+    examples = []
+    for n in (5, 9, 30, 12, 40, 3):
+        ids = torch.randint(3, 300, (n,), generator=g).tolist()
+        prompt = n // 3
+        examples.append((ids, [-100] * prompt + ids[prompt:]))
+    batch = own.pack(examples, 32)                                           # 40 is cut into 32 and 8
+    assert len(batch[0]) < len(examples)
+    total, count = 0.0, 0
+    for ids, targets in [(i[k:k + 32], t[k:k + 32]) for i, t in examples for k in range(0, len(i), 32)]:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        total += F.cross_entropy(logits, torch.tensor(targets[1:]), reduction="sum").item()
+        count += sum(t != -100 for t in targets[1:])
+    assert own.packed_loss(model, batch).item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_data_that_cannot_be_used_gets_one_clear_line(folder, tmp_path):
+    model = folder("gpt2")
+
+    def refused(name, text, *more, match):
+        path = tmp_path / name
+        path.write_text(text) if text is not None else None
+        with pytest.raises(SystemExit, match=match):
+            train.main(["--model", str(model), "--data", str(path), *more, "--out", str(tmp_path / "run")])
+    refused("none.txt", None, match="No such file")
+    refused("empty.txt", " \n", match="is empty")
+    refused("short.txt", "hello", match="too few")
+    refused("a.csv", "body,tag\nx,y\n", match="columns body, tag; wanted: text")
+    refused("a.jsonl", '{"text": "x"}\nnonsense\n', match="line 2: not a JSON object")
+    refused("b.jsonl", '[1, 2]\n', match="line 1: not a JSON object")
+    refused("c.jsonl", '{"prompt": "x", "response": "y"}\n{"prompt": "x"}\n', match="example 2: no response")
+    refused("a.xml", "<a/>", match="jsonl")
+    refused("d.pt", "no tensor", match="torch.save")
+    data(tmp_path / "good.jsonl", "label")
+    (tmp_path / "val.jsonl").write_text('{"text": "x", "label": "odd"}')
+    refused("good.jsonl", None, "--val", str(tmp_path / "val.jsonl"), match="label 'odd'")
+    (tmp_path / "lm.jsonl").write_text('{"text": "x"}')
+    refused("good.jsonl", None, "--val", str(tmp_path / "lm.jsonl"), match="alike")
+    with pytest.raises(SystemExit, match="cannot load"):
+        train.main(["--model", str(tmp_path / "nowhere"), "--data", str(data(tmp_path / "g.txt", "text")), "--out", str(tmp_path / "run")])
+
+
+def test_without_transformers_one_line_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="pip install transformers"):
+        train.main(["--model", "x", "--data", str(data(tmp_path / "g.txt", "text")), "--out", str(tmp_path / "run")])
