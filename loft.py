@@ -683,17 +683,6 @@ def merge_error(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str,
 
 
 @contextlib.contextmanager
-def _restoring(modules: Iterable[nn.Module], attribute: str):
-    """Afterwards that attribute of every module is what it was."""
-    was = [(m, getattr(m, attribute)) for m in modules]
-    try:
-        yield
-    finally:
-        for m, value in was:
-            setattr(m, attribute, value)
-
-
-@contextlib.contextmanager
 def merged(model: nn.Module):
     """Inside `with loft.merged(model):` the rotations are folded into the weights, at the speed of the plain model; afterwards
     the weights are what they were, bit for bit (they are kept meanwhile: one more copy of the adapted weights)."""
@@ -701,8 +690,9 @@ def merged(model: nn.Module):
     _require_mergeable(found)
     with torch.no_grad():
         weights = {layer.plain: layer.weight for _, layer in found}
-    with _restoring(weights, "weight"), disabled(model):
+    with disabled(model), contextlib.ExitStack() as after:
         for base, W in weights.items():
+            after.callback(setattr, base, "weight", base.weight)
             base.weight = nn.Parameter(W, requires_grad=base.weight.requires_grad)
         yield model
 
@@ -710,9 +700,9 @@ def merged(model: nn.Module):
 @contextlib.contextmanager
 def disabled(model: nn.Module, name: str | None = None):
     """Inside `with loft.disabled(model):` the model is the one before adaptation (or before that of one adapter)."""
-    found = [layer for _, layer in _adapted(model, name)]
-    with _restoring(found, "enabled"):
-        for layer in found:
+    with contextlib.ExitStack() as after:
+        for _, layer in _adapted(model, name):
+            after.callback(setattr, layer, "enabled", layer.enabled)
             layer.enabled = False
         yield model
 
@@ -747,9 +737,11 @@ def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str,
         return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
     found, reached = _outermost(model), set()
-    with _restoring(model.modules(), "training"), contextlib.ExitStack() as hooks, torch.enable_grad():
+    with torch.enable_grad(), contextlib.ExitStack() as after:
+        for m in model.modules():
+            after.callback(setattr, m, "training", m.training)
         for _, layer in found:
-            hooks.enter_context(layer.register_forward_hook(lambda m, *_: reached.add(m)))
+            after.enter_context(layer.register_forward_hook(lambda m, *_: reached.add(m)))
         model.eval()
         out, generator = run(), torch.Generator().manual_seed(0)
         _require(out, "the model's output holds no floating tensor; give a loss_fn(model, batch)")
@@ -962,9 +954,9 @@ def _attach(model: nn.Module, payload: dict, origin: str, adapter: str) -> nn.Mo
             wrong.append(f"parameter {n!r} has shape {tuple(value.shape)} in the file, {has} in the model")
     _require(not wrong, f"{origin} does not fit this model:\n  " + "\n  ".join(wrong))
 
-    for n, layer in new.items() if adapted else ():                           # in place: an optimizer may hold the parameters
-        adapted[n].past = layer.past
-        adapted[n].load_state_dict(layer.adapter_state(), strict=False)
+    for n, old in adapted.items():                                            # in place: an optimizer may hold the parameters
+        old.past = new[n].past
+        old.load_state_dict(new[n].adapter_state(), strict=False)
     if not adapted:
         model.requires_grad_(False)
         model = _replace(model, {targets[n]: layer for n, layer in new.items()})

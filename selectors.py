@@ -29,6 +29,7 @@ if __name__ == "selectors":
     sys.modules["selectors"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["selectors"])
 else:
+    import contextlib
     import re
     import sys
     import warnings
@@ -409,15 +410,23 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
             return y
         return forward
 
-    flags, modes = [(p, p.requires_grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    def say(text):
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
     count, total = 0, len(batches) if hasattr(batches, "__len__") else "?"
-    try:
+    with contextlib.ExitStack() as after:                                     # everything is put back, whatever happens
+        for p in model.parameters():
+            after.callback(p.requires_grad_, p.requires_grad)
+        for m in model.modules():
+            after.callback(setattr, m, "training", m.training)
         model.requires_grad_(False).eval()
-        for layer in layers.values():                                          # a quantised layer may repack itself in eval mode
+        for name, layer in layers.items():
+            after.enter_context(layer.register_forward_hook(hook(name), with_kwargs=True))
             while hasattr(layer, "rotation"):
                 layer = layer.base
-            layer.training = not _floating(layer)
+            layer.training = not _floating(layer)                             # a quantised layer may repack itself in eval mode
+        after.callback(say, "")
         for count, batch in enumerate(batches, 1):
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -429,19 +438,9 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
                 if not loss.requires_grad:
                     raise ValueError("the loss does not depend on any target layer")
                 loss.backward()
-            if sys.stderr.isatty():
-                print(f"\r\x1b[Kchoosing supports: batch {count}/{total}", end="", file=sys.stderr, flush=True)
+            say(f"choosing supports: batch {count}/{total}")
         if not count:
             raise ValueError("batches is empty: nothing to choose a support from")
-    finally:
-        if count and sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        for handle in handles:
-            handle.remove()
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for m, mode in modes:
-            m.training = mode
 
 
 # ------------------------------------------------------------------------------------ helpers
