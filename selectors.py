@@ -302,7 +302,8 @@ def spend(sigma: dict[str, Tensor], budget: int) -> dict[str, int]:
         if ranks[n] == 2 * j and spent + cost <= budget:                      # too dear: a cheaper layer may still fit
             spent, ranks[n] = spent + cost, ranks[n] + 2
     if not any(ranks.values()):
-        raise ValueError(f"budget={budget} buys no plane (the first costs 1 parameter), or no σ is known: choose with kind='skew'")
+        raise ValueError(f"budget={budget} buys no plane (the first costs 1 parameter), or no σ is known: choose with "
+                         "kind='skew'")
     return {n: r for n, r in ranks.items() if r}
 
 
@@ -402,10 +403,11 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
 
             def backward(delta):
                 if x._version != version:
-                    raise ValueError(f"layer {name!r}: its input is changed in place after the call (as in h += layer(h)), so its "
-                                     "gradient cannot be read off; use h = h + layer(h), or leave the layer out of targets")
+                    raise ValueError(f"layer {name!r}: its input is changed in place after the call (as in h += layer(h)), so "
+                                     "its gradient cannot be read off; use h = h + layer(h), or leave the layer out of targets")
                 with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"), outputs and _rows(kept, module, "output"))
+                    add(name, _rows(x, module, "input"), _rows(delta, module, "output"),
+                        _rows(kept, module, "output") if outputs else None)
             y.register_hook(backward)
             return y
         return forward
@@ -539,14 +541,15 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
         output = getattr(model, "get_output_embeddings", lambda: None)()
         heads = [n for n, m in linear.items() if m is output or id(getattr(m, "weight", None)) in tied
                  or n.split(".")[-1] in ("lm_head", "head", "classifier", "score")] or list(linear)[-1:]
-        found = {n: m for n, m in linear.items() if n not in heads}
-    elif isinstance(targets, str):
-        found = {n: m for n, m in linear.items() if re.search(targets, n)}
+        wanted = lambda n, m: n not in heads
     elif callable(targets):
-        found = {n: m for n, m in linear.items() if targets(n, m)}
+        wanted = targets
+    elif isinstance(targets, str):
+        wanted = lambda n, m: re.search(targets, n)
     else:
-        found = {n: m for n, m in linear.items() if any(f".{t}." in f".{n}." for t in targets)}
+        wanted = lambda n, m: any(f".{t}." in f".{n}." for t in targets)
         lost = [t for t in targets if not any(f".{t}." in f".{n}." for n in linear)]
+    found = {n: m for n, m in linear.items() if wanted(n, m)}
     if not found or lost:
         raise ValueError(f"targets={lost or targets!r} match none of the linear layers: {', '.join(list(linear)[:8])}")
     if grouped := [n for n, m in found.items() if getattr(getattr(m, "base", m), "groups", 1) != 1]:
