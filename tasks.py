@@ -5,7 +5,7 @@ Each task is a pretrained model, batches of a new domain, splits to measure on, 
     code            prose → source code. Stands for the shift of domain that a language model is adapted to most often
     understanding   which package does a docstring belong to. Stands for GLUE: real sentences, but told apart by words
     vision          a ViT that knows shapes → orientation, count, position, texture. Stands for VTAB's structured group
-    math            word problems of one step → of several, answered by generation. Stands for GSM8K, without the language
+    math            word problems of one step → of two, answered by generation. Stands for GSM8K, without the language
     multilingual    English → three re-encodings of it, measured on unseen combinations. Stands for cross-lingual transfer
 
 The text is what every Python carries: the language reference in pydoc_data.topics, docstrings and sources of the standard
@@ -295,15 +295,15 @@ def multilingual(args) -> Task:
 # ---------------------------------------------------------------------------------------------------------
 
 def math_(args) -> Task:
-    """Word problems of one step → of two or three, worked out in the response; only the response is trained on.
+    """Word problems of one step → of two, worked out in the response; only the response is trained on.
 
     Measured by generation: exact_match is the share of val problems whose last number comes out right.
     """
     def problem(rng: random.Random, steps: int) -> tuple[str, str]:
-        total = rng.randrange(50)
+        total = rng.randrange(20)
         prompt, response = f"Ann has {total}", []
         for _ in range(steps):
-            before, total = total, rng.choice([n for n in range(50) if n != total])
+            before, total = total, rng.choice([n for n in range(20) if n != total])
             prompt += f", {'gets' if total > before else 'loses'} {abs(total - before)}"
             response.append(f"{before}{'+' if total > before else '-'}{abs(total - before)}={total}")
         return prompt + ": ", " ".join(response) + "\n"
@@ -312,21 +312,22 @@ def math_(args) -> Task:
     single = as_bytes("".join("".join(problem(rng, 1)) for _ in range(50_000)))
     old = Task("sums", Transformer(), random_windows(single[:-60_000]), next_byte, {"val": even_windows(single[-60_000:])}, steps=1500)
 
-    problems = list({p: r for p, r in (problem(rng, rng.randint(2, 3)) for _ in range(20_000))}.items())   # each prompt once
-    tokens = padded([(p + r).encode() for p, r in problems], CONTEXT)
+    problems = list({p: r for p, r in (problem(rng, 2) for _ in range(20_000))}.items())   # each prompt once
+    length = max(len(p + r) for p, r in problems)
+    tokens = padded([(p + r).encode() for p, r in problems], length)
     start, end = (torch.tensor([len(p) for p, _ in problems]), torch.tensor([len(p + r) for p, r in problems]))
-    targets = tokens.masked_fill((torch.arange(CONTEXT) < start[:, None]) | (torch.arange(CONTEXT) >= end[:, None]), -100)
+    targets = tokens.masked_fill((torch.arange(length) < start[:, None]) | (torch.arange(length) >= end[:, None]), -100)
     tune, val = slice(0, 256), slice(256, 768)
 
     @torch.no_grad()
     def measure(model: nn.Module) -> dict[str, float]:
         device, right = next(model.parameters()).device, 0
         for x, n, stop in zip(tokens[val].split(128), start[val].split(128), end[val].split(128)):
-            said = x.where(torch.arange(CONTEXT) < n[:, None], 0).to(device)   # the prompt; greedy from there
+            said = x.where(torch.arange(length) < n[:, None], 0).to(device)   # the prompt; greedy from there
             n, rows = n.to(device), torch.arange(len(x), device=device)
             for _ in range(int((stop - n.cpu()).max())):
                 said[rows, n] = model(said[:, :int(n.max())])[rows, n - 1].argmax(-1)
-                n = (n + (said[rows, n] != ord("\n"))).clamp(max=CONTEXT - 1)
+                n = (n + (said[rows, n] != ord("\n"))).clamp(max=length - 1)
             for ours, true, m in zip(said.cpu(), x, stop.tolist()):
                 last = lambda t: re.findall(r"=(\d+)\n", bytes(t.tolist()).decode("latin-1"))[:1]
                 right += last(ours) == last(true)
@@ -334,7 +335,7 @@ def math_(args) -> Task:
 
     data = lambda part: chunks(tokens[part], targets[part])
     return Task("math", old.model, rows(tokens[768:], targets[768:]), next_token, {"tune": data(tune), "val": data(val)}, old,
-                measure=measure, count=lambda b: int((b[1][:, 1:] != -100).sum()))
+                measure=measure, size=32, count=lambda b: int((b[1][:, 1:] != -100).sum()))
 
 
 def next_token(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,8 +1,10 @@
 """What train.py and tasks.py promise: runs that survive anything, one result on any number of devices, honest tables."""
+import argparse
 import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,9 +130,9 @@ def test_held_out_problems_are_not_trained_on_and_the_right_answers_count():
             for i, row in enumerate(tokens):
                 end = bytes(row.tolist()).index(b": ") + 2
                 match = (self.known[:, :end] == row[:end]).all(1).nonzero()
-                answer = self.known[match[0, 0]] if len(match) else torch.full((tasks.CONTEXT,), ord("\n"))
+                answer = self.known[match[0, 0]] if len(match) else torch.full((len(val[0]),), ord("\n"))
                 logits[i, torch.arange(tokens.shape[1] - 1), answer[1:tokens.shape[1]]] = 1
-                logits[i, -1, answer[tokens.shape[1]] if tokens.shape[1] < tasks.CONTEXT else 0] = 1
+                logits[i, -1, answer[tokens.shape[1]] if tokens.shape[1] < len(val[0]) else 0] = 1
             return logits
     assert task.measure(Oracle(val[:256]))["exact_match"] == 0.5
 
@@ -190,6 +192,9 @@ def test_a_grid_runs_once_and_its_rates_are_tried_on_the_first_seed(quick, tmp_p
     assert [json.dumps(r) for r in again] == lines == (tmp_path / "run/results.jsonl").read_text().splitlines()
     more = train.main(["--resume", str(tmp_path / "run"), "--rank", "2,4,8"])  # a larger grid: the new cells only
     assert len(more) == len(rows) + 3 * 3
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(tmp_path / "run"), "--clip", "1"])
+    assert "--clip was None there" in capsys.readouterr().err
     every = quick("--method", "lora", "--rank", "2", "--seeds", "2", "--lr", "1e-3,1e-2", "--grid", out="every")
     assert {(r["lr"], r["seed"]) for r in every} == {(1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)}
 
@@ -246,8 +251,8 @@ def test_report_and_plot(quick, tmp_path, capsys):
         train.main(["--report", str(tmp_path / "not there")])
     train.main(["--report", str(tmp_path / "a"), "--plot"])
     try:
-        import matplotlib  # noqa: F401
-        assert (tmp_path / "plot.png").stat().st_size > 5000
+        import matplotlib
+        assert matplotlib and (tmp_path / "plot.png").stat().st_size > 5000
     except ImportError:
         assert "pip install matplotlib" in capsys.readouterr().out
 
@@ -331,7 +336,7 @@ def test_pieces_are_weighed_by_their_predictions():
     for accumulate in (1, 2, 4):
         copied = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
         copied.load_state_dict(model.state_dict())
-        args = train.plain(None)
+        args = train.plain()
         args.accumulate = accumulate
         train.fit(task, copied, 1, 1e-2, 0, args, "")
         changes.append(torch.cat([(p - q).flatten() for p, q in zip(copied.parameters(), model.parameters())]))
@@ -364,6 +369,38 @@ def test_flags_of_the_loop_on_real_tasks(name, flags, monkeypatch, tmp_path):
     if flags[0] in ("--checkpointing", "--backend"):
         plain, = train.main([*common, "--out", str(tmp_path / "b")])
         assert row["after"] == pytest.approx(plain["after"], rel=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_gives_the_same_result(quick):
+    grid = ["--method", "loft", "--support", "skew", "--rank", "4", "--steps", "3"]
+    (plain,), (compiled,) = quick(*grid), quick(*grid, "--compile", out="compiled")
+    assert compiled["after"] == pytest.approx(plain["after"], rel=1e-4)
+
+
+def test_a_killed_pretraining_goes_on(monkeypatch, tmp_path):
+    """The weights are those of an unbroken one; the checkpoint goes when the cache is written."""
+    def with_old(args):
+        task = tiny(args, dropout=0.1)
+        task.old = Task("old", task.model, task.batch, tasks.label, {"val": task.splits["val"]}, steps=7)
+        return task
+    monkeypatch.setitem(train.TASKS, "code", with_old)
+    monkeypatch.setattr(train, "plain", lambda f=train.plain: argparse.Namespace(**vars(f()) | {"save_every": 3}))
+    grid = [*QUICK, "--method", "frozen", "--out"]
+    train.main([*grid, str(tmp_path / "a/run")])
+    fit, steps = train.fit, []
+
+    def broken(task, *args, **more):
+        batch, task.batch = task.batch, lambda g, n: (steps.append(0), batch(g, n) if len(steps) <= 5 or len(steps) > 6 else 1 / 0)[1]
+        return fit(task, *args, **more)
+    monkeypatch.setattr(train, "fit", broken)
+    with pytest.raises(ZeroDivisionError):
+        train.main([*grid, str(tmp_path / "b/run")])
+    assert list((tmp_path / "b").glob("pretrained-*.checkpoint"))
+    monkeypatch.setattr(train, "fit", fit)
+    train.main(["--resume", str(tmp_path / "b/run")])
+    a, b = (torch.load(next((tmp_path / f).glob("pretrained-*.pt")), weights_only=True) for f in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a) and not list((tmp_path / "b").glob("pretrained-*.checkpoint"))
 
 
 def test_export_is_the_plain_model(quick, tmp_path):

@@ -105,6 +105,8 @@ def wrap(model: nn.Module, args, everything: bool) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=everything)
     from torch.distributed.fsdp import fully_shard
     adapter = {p for p in model.parameters() if p.requires_grad}               # small: a whole copy on every device
+    for p in adapter:
+        p.data = p.data.to(args.device)
     for module in [m for holder in model.modules() if isinstance(holder, nn.ModuleList) for m in holder]:
         fully_shard(module, ignored_params=adapter)
     return fully_shard(model, ignored_params=adapter)
@@ -140,9 +142,8 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
     predictions, so pieces and devices change the result by rounding only. `state` is what `keep` was given at some
     step: with it training goes on there, bit for bit. Returns the last state; its curve is [(step, evaluate(model))].
     """
+    trained, parameters = wrap(model, args, everything), [p for p in model.parameters() if p.requires_grad]
     device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    trained = wrap(model, args, everything)
     optimizer = torch.optim.Adam(parameters, lr, betas=(0.9, 0.99))
     warm = max(1, int(steps * args.warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * s / steps)))
@@ -248,13 +249,18 @@ def ready(task: Task, args) -> Task:
             print(f"1. {task.name}: pretrained weights found in {cache}")
         else:
             print(f"1. {task.name}: pretraining {sum(p.numel() for p in old.model.parameters()):,} parameters on {old.name}")
-            fit(old, old.model, steps, 3e-3 if old.size == 16 else 1e-3, 0, plain(args), "pretraining", everything=True)
+            partly = cache.with_suffix(".checkpoint")
+            if state := torch.load(partly, map_location="cpu", weights_only=True) if partly.exists() else None:
+                restore(old.model, state["weights"])
+            fit(old, old.model, steps, 3e-3 if old.size == 16 else 1e-3, 0, plain(), "pretraining", state=state,
+                keep=lambda s: write(partly, dump(s)), everything=True)
             write(cache, dump(old.model.state_dict()))
-    task.model.to(args.device).requires_grad_(False).eval()
+            partly.unlink(missing_ok=True)
+    task.model.to("cpu" if args.shard else args.device).requires_grad_(False).eval()   # shards go to the devices one by one
     if task.probe and task.trainable:
         for n, p in task.model.named_parameters():
             p.requires_grad_(re.search(task.trainable, n) is not None)
-        fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(args), "linear probe")
+        fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(), "linear probe")
     task.model.requires_grad_(False).to(args.dtype)
     if args.checkpointing:
         for m in task.model.modules():
@@ -266,9 +272,10 @@ def ready(task: Task, args) -> Task:
     return task
 
 
-def plain(args) -> argparse.Namespace:
-    """The settings of pretraining and probe: only the devices are yours."""
-    return argparse.Namespace(batch=None, accumulate=1, shard=False, warmup=0.1, clip=None, autocast=False, refresh=None, patience=None)
+def plain() -> argparse.Namespace:
+    """The settings of pretraining and probe."""
+    return argparse.Namespace(batch=None, accumulate=1, shard=False, warmup=0.1, clip=None, autocast=False, refresh=None, patience=None,
+                              save_every=200)
 
 
 def sizes(method: str, shapes: list[tuple[int, int]], budget: int) -> int | None:
@@ -307,52 +314,63 @@ def peak(device, reset: bool = False) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
+def stem(cell: dict) -> str:
+    """The name of a cell's files."""
+    size, lr = cell["size"] and f"r{cell['size']}", cell["lr"] and f"lr{cell['lr']:g}"
+    return "-".join(str(v) for v in (cell["task"], cell["method"], cell["support"], size, lr, f"seed{cell['seed']}") if v)
+
+
+def choose(model: nn.Module, task: Task, cell: dict, calibration: list, args) -> dict[str, torch.Tensor]:
+    """The cell's supports for a fresh model, or new ones, at the same ranks, for an adapted one."""
+    support, side = cell["support"], cell["side"] if cell["method"] == "loft" else "input"
+    adapted = {n: layer.rotation.r for n, layer in loft.layers(model)}
+    ranks = adapted or {n: min(cell["size"], loft._shape(m)[loft.SIDES.index(side)]) for n, m in targets(task, args).items()}
+    more = dict(targets=lambda n, m: n in ranks, side=side, seed=cell["seed"])
+    if support == "allocated" and not adapted:
+        return selectors.within(model, calibration, task.loss_fn, sum(r * (r - 1) // 2 for r in ranks.values()), **more)
+    return selectors.select(model, calibration, task.loss_fn, ranks, "skew" if support == "allocated" else support, **more)
+
+
+def adapt(model: nn.Module, task: Task, cell: dict, calibration: list, args) -> dict:
+    """Puts the cell's adapter on the model. Returns what choosing its support cost, and what the choice is worth."""
+    method, support, size, cost = cell["method"], cell["support"], cell["size"], dict(score=None, select_s=0.0, select_mib=0.0)
+    more = dict(transform=cell["transform"], side=cell["side"]) if method == "loft" else {}
+    if method in ("oft", "boft") and size:
+        more["block_size"] = size
+    elif method in ("hra", "lora"):
+        more["rank"] = size
+    if support not in (None, "all"):
+        low, began = peak(args.device, reset=True), time.perf_counter()
+        support = choose(model, task, cell, calibration, args)
+        cost = dict(select_s=round(time.perf_counter() - began, 3), select_mib=round(peak(args.device) - low, 1))
+        worth = selectors.scores(model, calibration, task.loss_fn, support, side=more.get("side", "input"))
+        cost["score"] = math.hypot(*worth.values()) / args.calibration
+    found = targets(task, args)
+    loft.adapt(model, lambda n, m: n in found, method=method, support=support, seed=cell["seed"], backend=args.backend,
+               trainable=task.trainable or (), **more)
+    return cost
+
+
 def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     """Adapts a copy of the task's model as the cell says, and measures it. Goes on from the cell's checkpoint, if there is one."""
     gc.collect()                                                               # the last cell's model goes before memory is measured
-    method, support, size, seed = cell["method"], cell["support"], cell["size"], cell["seed"]
-    stem = "-".join(str(v) for v in (cell["task"], method, support, size and f"r{size}", cell["lr"] and f"lr{cell['lr']:g}", f"seed{seed}") if v)
-    checkpoint, state = args.out / f"{stem}.checkpoint", None
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        state = state if state["cell"] == cell else None
-    own_copy = lambda n: method == "full" or task.trainable and re.search(task.trainable, n)   # the frozen weights are shared
-    model = copy.deepcopy(task.model, {id(p): p for n, p in task.model.named_parameters() if not own_copy(n)})
+    method, seed, checkpoint = cell["method"], cell["seed"], args.out / f"{stem(cell)}.checkpoint"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+    trains = lambda n: method == "full" or bool(task.trainable and re.search(task.trainable, n))
+    shared = {id(p): p for n, p in task.model.named_parameters() if not trains(n) and not args.shard}  # what is frozen is not copied
+    model = copy.deepcopy(task.model, shared)
     generator = torch.Generator().manual_seed(1000 + seed)
     draws = [task.batch(generator, args.batch or task.size) for _ in range(args.calibration)]
-    calibration = [to(batch, args.device) for batch in draws[rank()::world()]]
-
-    def choose(model):
-        """The supports of a fresh model, or new ones, at the same ranks, of an adapted one."""
-        adapted = {n: layer.rotation.r for n, layer in loft.layers(model)}
-        ranks = adapted or widths(min(size, 4096))
-        data = (model, calibration, task.loss_fn)
-        if support == "allocated" and not adapted:
-            return selectors.within(*data, sum(r * (r - 1) // 2 for r in ranks.values()), targets=list(ranks), side=args.side, seed=seed)
-        return selectors.select(*data, ranks, "skew" if support == "allocated" else support, list(ranks), side=args.side, seed=seed)
-
-    found = targets(task, args)
-    widths = lambda r: {n: min(r, loft._shape(m)[loft.SIDES.index(args.side)]) for n, m in found.items()}
-    chosen, score, seconds, mib = support not in (None, "all"), None, 0.0, 0.0
+    calibration = [to(batch, next(model.parameters()).device) for batch in draws[rank()::world()]]
+    cost = state["cost"] if state else dict(score=None, select_s=0.0, select_mib=0.0)
     if state and "adapter" in state["weights"]:
         restore(model, state["weights"])
         kernels.fuse(model) if args.backend == "fused" else None
-        score, seconds, mib = state["chosen"]
-    elif method not in ("full", "frozen"):
-        P, low = support, peak(args.device, reset=True)
-        if chosen:
-            began = time.perf_counter()
-            P = choose(model)
-            seconds, mib = time.perf_counter() - began, peak(args.device) - low
-            worth = selectors.scores(model, calibration, task.loss_fn, P, side=args.side)
-            score = math.hypot(*worth.values()) / args.calibration
-        options = {"block_size": size} if method in ("oft", "boft") and size else {}
-        loft.adapt(model, None if chosen else list(found), method=method, support=P, transform=args.transform if method == "loft" else None,
-                   side=args.side if method == "loft" else "input", rank=size if method in ("hra", "lora") else None, seed=seed,
-                   backend=args.backend, trainable=task.trainable or (), **options)
+    elif method in loft.METHODS:
+        cost = adapt(model, task, cell, calibration, args)
     else:
         for n, p in model.named_parameters():
-            p.requires_grad_(bool(own_copy(n)))
+            p.requires_grad_(trains(n))
         restore(model, state["weights"]) if state else None
     peak(args.device, reset=True)
     if args.compile:
@@ -360,34 +378,38 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
 
     def evaluate(model, step, loss, lr):
         tuned = task.bits(model, "tune", args.eval_batches)
-        append(args.out / "metrics.jsonl", dict(cell=stem, step=step, loss=loss / math.log(2), tune=tuned, lr=lr))
+        append(args.out / "metrics.jsonl", dict(cell=stem(cell), step=step, loss=loss / math.log(2), tune=tuned, lr=lr))
         return tuned
 
-    keep = lambda s: write(checkpoint, dump(s | dict(cell=cell, chosen=(score, seconds, mib))))
-    refresh = (lambda model, optimizer: loft.refresh(model, choose(model), optimizer)) if chosen else None
     if cell["lr"]:
-        state = fit(task, model, args.steps, cell["lr"], seed, args, line, state=state, keep=keep, refresh=refresh, evaluate=evaluate,
-                    everything=method == "full")
+        state = fit(task, model, args.steps, cell["lr"], seed, args, line, state=state, evaluate=evaluate, everything=method == "full",
+                    keep=lambda s: write(checkpoint, dump(s | dict(cost=cost))), refresh=cost["score"] is not None and (
+                        lambda model, optimizer: loft.refresh(model, choose(model, task, cell, calibration, args), optimizer)))
     else:
         state = dict(step=0, curve=[], ms=[0.0])
-    measures = {split: task.bits(model, split) for split in task.splits if split not in ("tune", "val")} | task.measure(model)
-    row = cell | dict(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), score=score, select_s=round(seconds, 3),
-                      select_mib=round(mib, 1), before=before["val"], after=task.bits(model, "val"), tune=task.bits(model, "tune"),
-                      kept_before=before["kept"], kept_after=task.kept(model), measures_before=before["measures"], measures=measures,
-                      curve=state["curve"], stopped=state["step"], ms_per_step=round(statistics.median(state["ms"]), 2),
-                      peak_mib=round(peak(args.device), 1), orthogonality_error=None)
+    row = cell | cost | dict(
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad), before=before["val"], after=task.bits(model, "val"),
+        tune=task.bits(model, "tune"), kept_before=before["kept"], kept_after=task.kept(model), measures_before=before["measures"],
+        measures=measures(task, model), curve=state["curve"], stopped=state["step"], ms_per_step=round(statistics.median(state["ms"]), 2),
+        peak_mib=round(peak(args.device), 1), orthogonality_error=None)
     if loft.layers(model):
         if method != "lora":
             row["orthogonality_error"] = max(loft.orthogonality_error(model).values())
-        write(args.out / f"{stem}.pt", weights(model)["adapter"].numpy().tobytes())
+        write(args.out / f"{stem(cell)}.pt", weights(model)["adapter"].numpy().tobytes())
     if args.export and rank() == 0:
-        folder = args.out / f"{stem}-merged"
+        folder = args.out / f"{stem(cell)}-merged"
         folder.mkdir(exist_ok=True)
         merged = loft.merge(model) if loft.layers(model) else model
         task.export(merged, folder) if task.export else write(folder / "model.pt", dump(merged.state_dict()))
+    append(args.out / "results.jsonl", row)
     if rank() == 0:
         checkpoint.unlink(missing_ok=True)
     return row
+
+
+def measures(task: Task, model: nn.Module) -> dict[str, float]:
+    """What a task reports beside the loss: further splits, accuracies."""
+    return {split: task.bits(model, split) for split in task.splits if split not in ("tune", "val")} | task.measure(model)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -488,19 +510,25 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if not args.out or not (args.out / "settings.json").exists():
             p.error(f"--resume: {args.out or 'no folder given; --resume DIR'}{' holds no settings.json of a run' if args.out else ''}")
         given = json.loads((args.out / "settings.json").read_text())["argv"]
-        args = p.parse_args([*given, *argv])
-        args.out = args.out if args.resume is True else Path(args.resume)
-    elif args.out and (args.out / "results.jsonl").exists() and not args.report:
+        old, args, folder = p.parse_args(given), p.parse_args([*given, *argv]), args.out
+        for key, value in vars(args).items():
+            if key not in NOT_OF_A_CELL and value != getattr(old, key):
+                p.error(f"--resume: --{key.replace('_', '-')} was {getattr(old, key)} there, not {value}; other settings belong in another --out")
+        args.out = folder
+    elif args.out and not args.report and ((args.out / "results.jsonl").exists() or any(args.out.glob("*.checkpoint"))):
         p.error(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out begins one")
     if bool(args.model) != bool(args.data) or args.model and args.task:
         p.error("--model and --data go together, without --task")
     if args.shard and "full" in (args.method or ()):
         p.error("--shard is for adapters: it shards what is frozen, and --method full freezes nothing")
+    if args.shard and args.export:
+        p.error("--export puts the weights together that --shard takes apart; load the adapter on one device and merge there")
     compare = args.compare
     args.task = ["own"] if args.model else args.task or {"supports": ["code", "understanding"], "methods": list(TASKS)}.get(compare, ["code"])
     args.method = args.method or {"supports": ["frozen", "loft"], "methods": list(METHODS)}.get(compare) or [
         m for m in ("frozen", "loft", "psoft", "oft", "lora", "full") if not (args.shard and m == "full")]
-    args.support = args.support or (list(SUPPORTS) if compare == "supports" else ["random", "principal", "gradient", "skew"])
+    args.support = args.support or {"supports": list(SUPPORTS), "methods": ["principal", "skew"]}.get(
+        compare, ["random", "principal", "gradient", "skew"])
     args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
     args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
     args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if compare else None)
@@ -529,8 +557,7 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
     torch.manual_seed(0)
     task = ready(own(args) if name == "own" else TASKS[name](args), args)
     model, frozen = task.model, targets(task, args)
-    measured = lambda: {s: task.bits(model, s) for s in task.splits if s not in ("tune", "val")} | task.measure(model)
-    before = dict(val=task.bits(model, "val"), kept=task.kept(model), measures=measured())
+    before = dict(val=task.bits(model, "val"), kept=task.kept(model), measures=measures(task, model))
     print(f"2. {name}: {before['val']:.3f} bits on the new domain" + (f", {before['kept']:.3f} on the old" if before["kept"] else "") + ", before adaptation")
     shapes = [loft._shape(m) for m in frozen.values()]
     budgets = args.budget or [sum(map(sum, shapes))]
@@ -559,7 +586,6 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
                     failed.append(f"{line.strip()}: {type(e).__name__}: {e}")
                     return print(f"\n{failed[-1]}")
                 rows.append(row)
-                append(args.out / "results.jsonl", row)
             if seed == args.seed:
                 tried[lr] = row["tune"]
         for lr in rates:
