@@ -714,6 +714,20 @@ def test_real_models_from_transformers(name, tmp_path):
     torch.testing.assert_close(loft.merge(model)(**batch).logits, adapted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method, side", [(m, loft.SIDES[i % 2]) for i, m in enumerate(loft.METHODS)])
+def test_compiled_is_uncompiled(method, side):
+    """The eager path is one graph under torch.compile, with what a second adapter, a magnitude and a refresh add to it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = stir(loft.adapt(network(), "0", method=method, side=side, magnitude=method in ("oft", "lora")), 0.1)
+    if method == "loft":
+        loft.refresh(model, {"0": orthonormal(model[0].rotation.d, 4, torch.float32)})
+        stir(loft.adapt(stir(model), "0", rank=4, support="random", side=side, name="second"))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")      # needs no C++ compiler
+    x = data()[0]
+    assert_same(results(compiled, x), results(model, x), 1e-5)
+
+
 BAD_SUPPORT = torch.ones(12, 4)
 BAD = [  # what adapt is given, what the error must say
     (dict(method="lfot"), "unknown method 'lfot'; did you mean 'loft'"),
@@ -1558,7 +1572,10 @@ def test_fused_models_and_what_their_steps_made_are_freed(method):
     made, optimizer = [], torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(3):
         cross_entropy(model, batch).backward()
-        made += [weakref.ref(t) for part in model[0].fused.built for t in part]
+        gc.collect()                                                          # whether or not Python just did so by itself
+        assert not any(ref() is not None for ref in made)                     # of the step before, now that T is built anew
+        made = [weakref.ref(t) for part in model[0].fused.built for t in part]
+        assert made and all(ref() is not None for ref in made)
         optimizer.step()
         optimizer.zero_grad()
     held = [weakref.ref(p) for p in model.parameters()]
