@@ -318,25 +318,24 @@ def math_(args) -> Task:
     tokens = padded([(p + r).encode() for p, r in problems], length)
     start, end = (torch.tensor([len(p) for p, _ in problems]), torch.tensor([len(p + r) for p, r in problems]))
     targets = tokens.masked_fill((torch.arange(length) < start[:, None]) | (torch.arange(length) >= end[:, None]), -100)
-    tune, val = slice(0, 256), slice(256, 768)
 
     @torch.no_grad()
     def measure(model: nn.Module) -> dict[str, float]:
-        device, right = next(model.parameters()).device, 0
-        for x, n, stop in zip(tokens[val].split(128), start[val].split(128), end[val].split(128)):
-            said = x.where(torch.arange(length) < n[:, None], 0).to(device)   # the prompt; greedy from there
-            n, rows = n.to(device), torch.arange(len(x), device=device)
-            for _ in range(int((stop - n.cpu()).max())):
-                said[rows, n] = model(said[:, :int(n.max())])[rows, n - 1].argmax(-1)
-                n = (n + (said[rows, n] != ord("\n"))).clamp(max=length - 1)
-            for ours, true, m in zip(said.cpu(), x, stop.tolist()):
-                last = lambda t: re.findall(r"=(\d+)\n", bytes(t.tolist()).decode("latin-1"))[:1]
-                right += last(ours) == last(true)
-        return {"exact_match": right / (val.stop - val.start)}
+        device, right, asked = next(model.parameters()).device, 0, 0
+        answer = lambda text: re.findall(r"=(\d+)\n", bytes(text.tolist()).decode("latin-1"))[:1]
+        for x, y in splits["val"]:
+            n, asked = (y != -100).int().argmax(1), asked + len(x)             # where the response begins
+            longest, said = int((y != -100).sum(1).max()), x.where(torch.arange(length) < n[:, None], 0).to(device)
+            n, every = n.to(device), torch.arange(len(x), device=device)
+            for _ in range(longest):                                           # greedy; a row waits at its newline
+                said[every, n] = model(said[:, :int(n.max())])[every, n - 1].argmax(-1)
+                n = (n + (said[every, n] != ord("\n"))).clamp(max=length - 1)
+            right += sum(answer(ours) == answer(true) for ours, true in zip(said.cpu(), x))
+        return {"exact_match": right / asked}
 
-    data = lambda part: chunks(tokens[part], targets[part])
-    return Task("math", old.model, rows(tokens[768:], targets[768:]), next_token, {"tune": data(tune), "val": data(val)}, old,
-                measure=measure, size=32, count=lambda b: int((b[1][:, 1:] != -100).sum()))
+    splits = {"tune": chunks(tokens[:256], targets[:256]), "val": chunks(tokens[256:768], targets[256:768])}
+    return Task("math", old.model, rows(tokens[768:], targets[768:]), next_token, splits, old, measure=measure, size=32,
+                count=lambda b: int((b[1][:, 1:] != -100).sum()))
 
 
 def next_token(model: nn.Module, batch: Batch) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 import gc
 import hashlib
 import io
-import json
 import math
 import os
 import pickle
@@ -1584,72 +1583,7 @@ def test_fused_models_and_what_their_steps_made_are_freed(method):
     assert not any(ref() is not None for ref in made + held)
 
 
-# ------------------------------------------------------------------------------------ 9. train.py
-
-QUICK = ["--pretrain-steps", "2", "--steps", "2", "--calibration", "1"]
-
-
-@pytest.fixture
-def train(monkeypatch):
-    """train.py, measuring on a few windows."""
-    import train
-    monkeypatch.setattr(train, "even_windows", lambda data, real=train.even_windows: real(data, 2))
-
-    def short(args, real=train.understanding):
-        task = real(args)
-        task.splits = {part: batches[:1] for part, batches in task.splits.items()}
-        return task
-    monkeypatch.setitem(train.TASKS, "understanding", short)
-    return train
-
-
-def test_train_end_to_end(train, tmp_path, monkeypatch, capsys):
-    """A few steps of the main job: cache, table, results, adapters that load; then Ctrl-C in the third row."""
-    arguments = [*QUICK, "--support", "skew,principal", "--out"]
-    rows = train.main(arguments + [str(tmp_path / "a")])
-    assert [(r["method"], r["support"]) for r in rows] == [("frozen", None), ("loft", "skew"), ("loft", "principal"), ("full", None)]
-    assert rows == [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").read_text().splitlines()]
-    assert rows[1]["trainable"] == rows[2]["trainable"] == 16 * 120 and rows[1]["score"] > rows[2]["score"]
-    assert rows[0]["before"] == rows[0]["after"] and rows[1]["after"] != rows[1]["before"]
-    assert json.loads((tmp_path / "a" / "settings.json").read_text())["seed"] == 0
-    assert len(list((tmp_path / "a").glob("code-loft-*.pt"))) == 2
-    loft.load(train.Transformer(), next((tmp_path / "a").glob("code-loft-skew*.pt")))
-    assert "bits on held-out data" in capsys.readouterr().out
-
-    real = train.fit
-    monkeypatch.setattr(train, "fit", lambda *a: real(*a) if "principal" not in a[6] else (_ for _ in ()).throw(KeyboardInterrupt))
-    assert len(train.main(arguments + [str(tmp_path / "b")])) == 2
-    out = capsys.readouterr().out
-    assert "skipping to step 2" in out and "interrupted; what is finished" in out
-    assert len((tmp_path / "b" / "results.jsonl").read_text().splitlines()) == 2
-
-
-def test_train_compares_supports_and_refreshes(train, tmp_path, monkeypatch, capsys):
-    """The other task, two rates tried on the first of two seeds, the comparison, a refresh, and a row that fails alone."""
-    arguments = [*QUICK, "--task", "understanding", "--compare", "supports", "--support", "skew,principal,random", "--lr", "1e-3,1e-2",
-                 "--seeds", "2", "--refresh", "1", "--out", str(tmp_path / "a")]
-    real = train.run
-    monkeypatch.setattr(train, "run", lambda *a: real(*a) if a[3] != "random" else (_ for _ in ()).throw(FloatingPointError("the loss is nan")))
-    rows = train.main(arguments)
-    assert [(r["support"], r["seed"]) for r in rows] == [("skew", 0), ("skew", 0), ("skew", 1), ("principal", 0), ("principal", 0), ("principal", 1)]
-    tried = {r["lr"]: r["tune"] for r in rows[:2]}
-    assert rows[2]["lr"] == min(tried, key=tried.get) and all(len(r["curve"]) == 2 for r in rows)
-    assert rows[0]["trainable"] == 16 * 120 + 129 * 8 and 0 <= rows[0]["accuracy"] <= 1
-    out = capsys.readouterr().out
-    assert "macro_f1" in out and "steps to principal's loss" in out and "failed: the loss is nan" in out
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--support", "skwe"], "'skwe' is not one of random, coordinate"), (["--method", "x"], "not one of frozen, loft"),
-    (["--task", "x"], "not one of code, understanding"), (["--rank", "0"], "positive"), (["--device", "warp"], "--device warp"),
-    (["--dtype", "int8"], "invalid choice")])
-def test_train_answers_unknown_values_with_the_valid_ones(train, arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        train.main(arguments)
-    assert message in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------ 10. kernels.py
+# ------------------------------------------------------------------------------------ 9. kernels.py
 
 from loft import kernels  # noqa: E402
 

@@ -82,6 +82,18 @@ def quick(monkeypatch, tmp_path):
     return lambda *argv, out="run": train.main([*QUICK, *argv, "--out", str(tmp_path / out)])
 
 
+def shorten(monkeypatch, name: str) -> None:
+    """The real task, measured on one chunk of each split."""
+    make = tasks.TASKS[name]
+
+    def short(args):
+        task = make(args)
+        task.splits.update({p: [tuple(t[:8] for t in b[0])] for p, b in task.splits.items()})
+        task.old.splits.update(val=[tuple(t[:8] for t in task.old.splits["val"][0])])
+        return task
+    monkeypatch.setitem(train.TASKS, name, short)
+
+
 MEASURED = ("before", "after", "tune", "score", "curve", "measures", "trainable", "orthogonality_error", "kept_after")
 
 
@@ -197,6 +209,44 @@ def test_a_grid_runs_once_and_its_rates_are_tried_on_the_first_seed(quick, tmp_p
     assert "--clip was None there" in capsys.readouterr().err
     every = quick("--method", "lora", "--rank", "2", "--seeds", "2", "--lr", "1e-3,1e-2", "--grid", out="every")
     assert {(r["lr"], r["seed"]) for r in every} == {(1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)}
+
+
+SHORT = ["--pretrain-steps", "2", "--probe-steps", "1", "--steps", "2", "--calibration", "1", "--batch", "4", "--support", "skew,principal"]
+
+
+def test_the_main_job_end_to_end(monkeypatch, tmp_path, capsys):
+    """A few steps of the default: cache, table, results, adapters that load; then Ctrl-C in the third cell, and on."""
+    shorten(monkeypatch, "code")
+    rows = train.main([*SHORT, "--out", str(tmp_path / "a")])
+    assert [(r["method"], r["support"]) for r in rows] == [("frozen", None), ("loft", "skew"), ("loft", "principal"), ("psoft", "principal"),
+                                                           ("oft", "all"), ("lora", None), ("full", None)]
+    assert [json.dumps(r) for r in rows] == (tmp_path / "a/results.jsonl").read_text().splitlines()
+    budget = rows[5]["trainable"]                                              # of LoRA at rank 1
+    assert all(0.6 * budget < r["trainable"] <= budget for r in rows[1:6]) and rows[1]["score"] > rows[2]["score"]
+    assert rows[0]["before"] == rows[0]["after"] and rows[1]["after"] != rows[1]["before"]
+    loft.load(tasks.Transformer(), next((tmp_path / "a").glob("code-loft-skew*.pt")))
+    lines = train.read_rows(tmp_path / "a/metrics.jsonl")
+    assert {l["cell"] for l in lines} == {p.stem for p in (tmp_path / "a").glob("code-*.pt")} | {"code-full-lr0.001-seed0"}
+    assert (tmp_path / "a/table.txt").read_text().strip() in capsys.readouterr().out
+
+    real = train.run
+    monkeypatch.setattr(train, "run", lambda *a: real(*a) if a[1]["support"] != "principal" else (_ for _ in ()).throw(KeyboardInterrupt))
+    assert len(train.main([*SHORT, "--out", str(tmp_path / "b")])) == 2
+    assert "--resume" in (out := capsys.readouterr().out) and "weights found in" in out
+    monkeypatch.setattr(train, "run", real)
+    again = train.main(["--resume", str(tmp_path / "b")])
+    assert all(map(same, rows, again)) and len(again) == 7
+
+
+@pytest.mark.parametrize("name", ["understanding", "vision", "math", "multilingual"])
+def test_the_other_tasks_end_to_end(name, monkeypatch, tmp_path, capsys):
+    shorten(monkeypatch, name)
+    rows = train.main([*SHORT, "--task", name, "--method", "loft", "--compare", "supports", "--seeds", "1", "--refresh", "1", "--rank", "4", "--out",
+                       str(tmp_path / "a")])
+    extra = {"understanding": "macro_f1", "vision": "orientation", "math": "exact_match", "multilingual": "unseen"}[name]
+    assert len(rows) == 2 * 4 and all(extra in r["measures"] and math.isfinite(r["after"]) and r["kept_after"] > 0 for r in rows)
+    out = capsys.readouterr().out
+    assert extra in out and "steps to principal's loss" in out
 
 
 def test_a_folder_with_results_is_not_written_over(quick, tmp_path, capsys):
@@ -354,14 +404,7 @@ def test_patience_stops_and_keeps_the_best_weights(quick):
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--autocast"], ["--checkpointing"], ["--backend", "eager"]], ids=lambda f: f[-1])
 @pytest.mark.parametrize("name", ["code", "vision"])
 def test_flags_of_the_loop_on_real_tasks(name, flags, monkeypatch, tmp_path):
-    make = tasks.TASKS[name]
-
-    def small(args):
-        task = make(args)
-        task.splits = {p: b[:1] for p, b in task.splits.items()}
-        task.old.splits, task.measure = {"val": task.old.splits["val"][:1]}, lambda m: {}
-        return task
-    monkeypatch.setitem(train.TASKS, name, small)
+    shorten(monkeypatch, name)
     common = ["--task", name, "--method", "loft", "--support", "skew", "--rank", "4", "--steps", "3", "--pretrain-steps", "1", "--probe-steps", "1",
               "--batch", "4", "--calibration", "1"]
     row, = train.main([*common, *flags, "--out", str(tmp_path / "a")])
