@@ -184,7 +184,7 @@ def _polish(D: Tensor) -> Tensor:
 def skew_blocks(g: Tensor, b: int, map: str, terms: int, bound: float | None, polish: bool = True) -> Tensor:
     """T − I (…, b, b) of generators g (…, b(b−1)/2): Q = U − Uᵀ, ‖Q‖_F ≤ bound, then the map."""
     i, j = torch.triu_indices(b, b, 1, device=g.device)
-    U = g.new_zeros(*g.shape[:-1], b * b).index_copy(-1, i * b + j, g).unflatten(-1, (b, b))   # filled row by row
+    U = g.new_zeros(*g.shape[:-1], b * b).scatter(-1, (i * b + j).expand_as(g), g).unflatten(-1, (b, b))   # row by row
     Q = U - U.mT
     if bound is not None:                                                     # Q ← Q min(1, bound / ‖Q‖_F)
         Q = Q * (bound * Q.square().sum((-2, -1), keepdim=True).clamp(min=bound ** 2).rsqrt())
