@@ -76,33 +76,32 @@ class RotatedLinear(Function):
 
 
 class RotatedBlocks(Function):
-    """Rows x Tᵀ, T = I + D block-diagonal, written straight into y's columns: no copy of n × d to put blocks side by side.
-
-    Keeps x, and no less would do: ∂L/∂T_k = h_kᵀ x_k for any h.
-    """
+    """Rows x Tᵀ, T = I + D block-diagonal. Keeps x; nothing less would do, for ∂L/∂T_k = h_kᵀ x_k for any h."""
 
     @staticmethod
     def forward(ctx, x, D):
-        T = D.clone()
-        T.diagonal(dim1=-2, dim2=-1).add_(1)
+        T = D + _eye(D)
         ctx.save_for_backward(x, T)
-        y = torch.empty_like(x)
-        torch.bmm(_columns(x, T), T.mT, out=_columns(y, T))
-        return y
+        return _by_blocks(x, T.mT)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, h):
         x, T = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        if dx is not None:
-            torch.bmm(_columns(h, T), T, out=_columns(dx, T))
-        return dx, torch.bmm(_columns(h, T).mT, _columns(x, T)) if ctx.needs_input_grad[1] else None
+        return (_by_blocks(h, T) if ctx.needs_input_grad[0] else None,
+                torch.bmm(_columns(h, T).mT, _columns(x, T)) if ctx.needs_input_grad[1] else None)
 
 
 def _columns(x: Tensor, D: Tensor) -> Tensor:
     """The columns of x (n, k c) by block, (k, n, c), a view."""
     return x.unflatten(-1, (-1, D.shape[-1])).transpose(0, 1)
+
+
+def _by_blocks(x: Tensor, T: Tensor) -> Tensor:
+    """x T, written straight into the columns of the result: no copy of n × d to put blocks side by side."""
+    y = torch.empty_like(x)
+    torch.bmm(_columns(x, T), T, out=_columns(y, T))
+    return y
 
 
 def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tensor, _=None) -> Tensor:
@@ -114,18 +113,13 @@ def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tens
 def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
     """Rows x + (x − b) Dᵀ, D block-diagonal (k, c, c); then, for GOFT, `top` (k, k) on every c-th coordinate.
 
-    The blocks are strided views of x's columns, one batched product for all of them. Autograd keeps x (or x − b).
+    One batched product for all blocks; autograd keeps x (or x − b).
     """
     d, c = x.shape[-1], D.shape[-1]
     if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
         x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
-    u = x if b is None else x - b
-    if x.dtype not in (torch.float32, torch.float64):                         # in half precision I + D would lose D's digits
-        y = u + torch.bmm(_columns(u, D), D.mT).transpose(0, 1).flatten(1)
-    elif is_compiling():
-        y = torch.bmm(_columns(u, D), (D + _eye(D)).mT).transpose(0, 1).flatten(1)
-    else:
-        y = RotatedBlocks.apply(u, D)
+    u, whole = x if b is None else x - b, x.dtype in (torch.float32, torch.float64) and not is_compiling()
+    y = RotatedBlocks.apply(u, D) if whole else u + torch.bmm(_columns(u, D), D.mT).transpose(0, 1).flatten(1)   # bf16 needs D's digits
     if top is not None:
         y[:, ::c] += y[:, ::c].clone() @ top.mT
     return (y if b is None else x + (y - u))[:, :d]                           # exact where T = I
@@ -165,8 +159,7 @@ def _eye(like: Tensor, n: int | None = None) -> Tensor:
 
 
 def _solve(A: Tensor, B: Tensor) -> Tensor:
-    """B A⁻¹. Large ones one by one: on a CPU torch's batched LU calls MKL's from several threads, which hangs or errs
-    (pytorch issues 142815, 141358; seen from 151 × 151 on)."""
+    """B A⁻¹ (…, b, b). Large ones one by one: torch's batched LU on a CPU hangs in MKL's threads (pytorch#142815, from b = 151 on)."""
     if A.device.type != "cpu" or A.shape[-1] <= 64:
         return torch.linalg.solve(A, B, left=False)
     pairs = zip(A.flatten(0, -3), B.flatten(0, -3))
@@ -482,9 +475,9 @@ def _adapted(model: nn.Module) -> list[nn.Module]:
 def fuse(model: nn.Module) -> nn.Module:
     """Switches every adapted layer of `model` to the fast path, in place; returns it. Same parameters, same results.
 
-    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA;
-    butterflies of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Gradients of gradients and
-    torch.func's transforms are for the eager path. Raises ValueError on a model that is not adapted.
+    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA; butterflies
+    of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Second derivatives and torch.func's transforms
+    are for the eager path. Raises ValueError on a model that is not adapted.
     """
     unfuse(model)
     groups: dict = {}
@@ -539,11 +532,8 @@ class Shared:
 def share(model: nn.Module, groups) -> nn.Module:
     """Lets layers that read one input share z = x P: `kernels.share(model, [["q_proj", "k_proj", "v_proj"]])`.
 
-    Args:
-        groups: lists of names that sister layers have in their parent module. They need one support: adapt with one
-            tensor for all of them, say that of the stacked weights, principal(torch.cat([Wq, Wk, Wv]), r).
-    An input that is another tensor (cross-attention's) is projected again. Under torch.compile it changes nothing, and
-    `fuse` undoes it.
+    Sister layers of one parent module, of one support: adapt with one tensor for all, say principal(torch.cat([Wq, Wk, Wv]), r).
+    An input that is another tensor (cross-attention's) is projected again; nothing changes under torch.compile; `fuse` undoes it.
     Raises ValueError: no module has such fused layers, or their supports differ.
     """
     fused = {m for m in _adapted(model) if m.fused is not None}
