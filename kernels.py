@@ -76,7 +76,7 @@ class RotatedLinear(Function):
 
 
 class RotatedBlocks(Function):
-    """Rows x Tᵀ, T = I + D block-diagonal. Keeps x; nothing less would do, for ∂L/∂T_k = h_kᵀ x_k for any h."""
+    """Rows x Tᵀ, T = I + D block-diagonal (k, c, c). Keeps x; no less would do, for ∂L/∂T_k = h_kᵀ x_k for any h."""
 
     @staticmethod
     def forward(ctx, x, D):
@@ -88,17 +88,16 @@ class RotatedBlocks(Function):
     @once_differentiable
     def backward(ctx, h):
         x, T = ctx.saved_tensors
-        return (_by_blocks(h, T) if ctx.needs_input_grad[0] else None,
-                torch.bmm(_columns(h, T).mT, _columns(x, T)) if ctx.needs_input_grad[1] else None)
+        return _by_blocks(h, T) if ctx.needs_input_grad[0] else None, _columns(h, T).mT @ _columns(x, T)
 
 
-def _columns(x: Tensor, D: Tensor) -> Tensor:
+def _columns(x: Tensor, T: Tensor) -> Tensor:
     """The columns of x (n, k c) by block, (k, n, c), a view."""
-    return x.unflatten(-1, (-1, D.shape[-1])).transpose(0, 1)
+    return x.unflatten(-1, (-1, T.shape[-1])).transpose(0, 1)
 
 
 def _by_blocks(x: Tensor, T: Tensor) -> Tensor:
-    """x T, written straight into the columns of the result: no copy of n × d to put blocks side by side."""
+    """x T, each block written where it belongs: no copy of (k, n, c) to (n, k c)."""
     y = torch.empty_like(x)
     torch.bmm(_columns(x, T), T, out=_columns(y, T))
     return y
@@ -113,13 +112,14 @@ def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tens
 def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
     """Rows x + (x − b) Dᵀ, D block-diagonal (k, c, c); then, for GOFT, `top` (k, k) on every c-th coordinate.
 
-    One batched product for all blocks; autograd keeps x (or x − b).
+    In half precision I + D would lose D's digits. (Under torch.compile the copy is fused away.)
     """
     d, c = x.shape[-1], D.shape[-1]
     if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
         x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
-    u, whole = x if b is None else x - b, x.dtype in (torch.float32, torch.float64) and not is_compiling()
-    y = RotatedBlocks.apply(u, D) if whole else u + torch.bmm(_columns(u, D), D.mT).transpose(0, 1).flatten(1)   # bf16 needs D's digits
+    u = x if b is None else x - b
+    whole = x.dtype in (torch.float32, torch.float64) and not is_compiling()
+    y = RotatedBlocks.apply(u, D) if whole else u + (_columns(u, D) @ D.mT).transpose(0, 1).flatten(1)
     if top is not None:
         y[:, ::c] += y[:, ::c].clone() @ top.mT
     return (y if b is None else x + (y - u))[:, :d]                           # exact where T = I
@@ -279,15 +279,13 @@ def _keep(t: Tensor) -> Tensor:
 class Batch(Function):
     """Group.make of L layers' parameters, as one node of the graph that can be walked back repeatedly.
 
-    The graph inside is kept and retained, so that gradient accumulation needs no second build. A layer that took no
-    part in the loss gets no gradient, as in eager code.
+    The graph inside is kept, so that gradient accumulation needs no second build. A layer that took no part in the loss gets no gradient.
     """
 
     @staticmethod
     def forward(ctx, group, *parameters):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):   # a checkpoint's stay outside
-            leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p))
-                      for p in group.by_name(parameters)]
+            leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p)) for p in group.by_name(parameters)]
             outputs = group.make(leaves)
         ctx.group, ctx.leaves, ctx.outputs = weakref.ref(group), leaves, outputs   # weak: the group holds what this node made
         ctx.set_materialize_grads(False)
@@ -300,8 +298,7 @@ class Batch(Function):
             group.used = True
         width = len(ctx.outputs)
         rows = [grads[i:i + width] for i in range(0, len(grads), width)]      # one row of gradients a layer
-        stacked = [torch.stack([out.new_zeros(out.shape[1:]) if row[k] is None else row[k] for row in rows])
-                   for k, out in enumerate(ctx.outputs)]
+        stacked = [torch.stack([torch.zeros_like(out[0]) if h is None else h for h in each]) for out, each in zip(ctx.outputs, zip(*rows))]
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(ctx.outputs, wanted, stacked, retain_graph=True))
         found = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
