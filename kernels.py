@@ -17,10 +17,7 @@ from __future__ import annotations
 if __name__ == "kernels":
     # Not ours: transformers (or bitsandbytes) looks for PyPI's `kernels` and this file's folder stands first on
     # sys.path. Hand that package over where it is installed; ours is `loft.kernels`.
-    import importlib.machinery
-    import importlib.util
-    import os
-    import sys
+    import importlib.machinery, importlib.util, os, sys                       # noqa: E401
     _here = os.path.dirname(os.path.realpath(__file__))
     _spec = importlib.machinery.PathFinder.find_spec(
         "kernels", [p for p in sys.path if os.path.realpath(p or os.getcwd()) != _here])
@@ -159,7 +156,7 @@ def _eye(like: Tensor, n: int | None = None) -> Tensor:
 
 
 def _solve(A: Tensor, B: Tensor) -> Tensor:
-    """B A⁻¹ (…, b, b). Large ones one by one: torch's batched LU on a CPU hangs in MKL's threads (pytorch#142815, from b = 151 on)."""
+    """B A⁻¹ (…, b, b); large ones one by one: on a CPU torch's batched LU hangs in MKL's threads (pytorch#142815, b ≥ 151)."""
     if A.device.type != "cpu" or A.shape[-1] <= 64:
         return torch.linalg.solve(A, B, left=False)
     pairs = zip(A.flatten(0, -3), B.flatten(0, -3))
@@ -279,7 +276,7 @@ def _keep(t: Tensor) -> Tensor:
 class Batch(Function):
     """Group.make of L layers' parameters, as one node of the graph that can be walked back repeatedly.
 
-    The graph inside is kept, so that gradient accumulation needs no second build. A layer that took no part in the loss gets no gradient.
+    The graph inside is kept: gradient accumulation needs no second build. A layer apart from the loss gets no gradient.
     """
 
     @staticmethod
@@ -298,7 +295,8 @@ class Batch(Function):
             group.used = True
         width = len(ctx.outputs)
         rows = [grads[i:i + width] for i in range(0, len(grads), width)]      # one row of gradients a layer
-        stacked = [torch.stack([torch.zeros_like(out[0]) if h is None else h for h in each]) for out, each in zip(ctx.outputs, zip(*rows))]
+        stacked = [torch.stack([torch.zeros_like(out[0]) if h is None else h for h in each])
+                   for out, each in zip(ctx.outputs, zip(*rows))]
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(ctx.outputs, wanted, stacked, retain_graph=True))
         found = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]

@@ -1829,6 +1829,21 @@ def test_the_cache_follows_every_change_of_the_parameters(tmp_path, monkeypatch)
     assert builds[0] == before and not fused._forward_hooks
 
 
+def test_large_blocks_are_solved_on_two_threads():
+    """torch's batched LU hangs there (pytorch#142815): in eager and in fused code no large batch reaches it."""
+    code = """
+import loft, torch
+from torch import nn
+torch.set_num_threads(2)
+for backend in ("eager", "fused"):
+    model = loft.adapt(nn.Sequential(nn.Linear(512, 512)), "0", method="oft", block_size=256, backend=backend)
+    nn.init.normal_(model[0].rotation.transform.generator, std=0.01)
+    model(torch.randn(4, 512)).sum().backward()
+    assert loft.orthogonality_error(model)["0"] < 1e-5
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, timeout=120)
+
+
 def test_an_unused_layer_gets_no_gradient():
     _, fused, x = pair("loft", out=16, d=16)
     fused[0](x).sum().backward()
