@@ -421,11 +421,13 @@ def sweep(args) -> list[dict]:
 def growth(rows: list[dict]) -> None:
     """Seconds and counted products of every (d, n, r), fused LOFT, as multiples of those at the first: no cliff?"""
     rows = [r for r in rows if (r["impl"], r["method"], r["backend"]) == ("loft", "loft", "fused") and "layers" not in r]
-    products = lambda row: row["flops_ratio"] * row["d"] ** 2 * row["n"]
+    products, frozen = lambda row: row["flops_ratio"] * row["d"] ** 2 * row["n"], lambda row: row["step_ms"] / row["ratio_to_frozen"]
     print("\nfused LOFT, growth from d = {d}, n = {n}, r = {r}".format_map(rows[0]))
     for row in rows[1:]:
         time, count = row["step_ms"] / rows[0]["step_ms"], products(row) / products(rows[0])
-        print("d = {d:4}, n = {n:4}, r = {r:3}:".format_map(row), f"time × {time:6.3f}, products × {count:6.3f}: {time / count:.2f}")
+        size = (row["d"] / rows[0]["d"]) ** 2 * row["n"] / rows[0]["n"]
+        print("d = {d:4}, n = {n:4}, r = {r:3}:".format_map(row), f"time × {time:6.3f}, products × {count:6.3f}: {time / count:.2f}"
+              f"; the frozen layers alone {frozen(row) / frozen(rows[0]) / size:.2f}")
 
 
 def plot(rows: list[dict], path: str) -> None:
