@@ -72,34 +72,6 @@ class RotatedLinear(Function):
                 g.sum(0) if ctx.needs_input_grad[4] else None, None, None, None)
 
 
-class RotatedBlocks(Function):
-    """Rows x Tᵀ, T = I + D block-diagonal (k, c, c). Keeps x; no less would do, for ∂L/∂T_k = h_kᵀ x_k for any h."""
-
-    @staticmethod
-    def forward(ctx, x, D):
-        T = D + _eye(D)
-        ctx.save_for_backward(x, T)
-        return _by_blocks(x, T.mT)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, h):
-        x, T = ctx.saved_tensors
-        return _by_blocks(h, T) if ctx.needs_input_grad[0] else None, _columns(h, T).mT @ _columns(x, T)
-
-
-def _columns(x: Tensor, T: Tensor) -> Tensor:
-    """The columns of x (n, k c) by block, (k, n, c), a view."""
-    return x.unflatten(-1, (-1, T.shape[-1])).transpose(0, 1)
-
-
-def _by_blocks(x: Tensor, T: Tensor) -> Tensor:
-    """x T, each block written where it belongs: no copy of (k, n, c) to (n, k c)."""
-    y = torch.empty_like(x)
-    torch.bmm(_columns(x, T), T, out=_columns(y, T))
-    return y
-
-
 def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tensor, _=None) -> Tensor:
     """Rows x + ((x − b) P) Dᵀ Pᵀ, P (d, r), D (r, r); z = xP where it is known. Added in one pass; autograd keeps z."""
     z = x @ P if z is None else z                                             # (n, r)
@@ -109,14 +81,16 @@ def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tens
 def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
     """Rows x + (x − b) Dᵀ, D block-diagonal (k, c, c); then, for GOFT, `top` (k, k) on every c-th coordinate.
 
-    In half precision I + D would lose D's digits. (Under torch.compile the copy is fused away.)
+    The blocks are strided views of x's columns, one batched product for all of them. Autograd keeps x (or x − b): no less
+    would do, for ∂L/∂T_k = h_kᵀ x_k for any h. (bmm into a strided result saves a copy, but is then one call a block.)
     """
     d, c = x.shape[-1], D.shape[-1]
     if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
         x, b = F.pad(x, (0, pad)), b if b is None else F.pad(b, (0, pad))
-    u = x if b is None else x - b
-    whole = x.dtype in (torch.float32, torch.float64) and not is_compiling()
-    y = RotatedBlocks.apply(u, D) if whole else u + (_columns(u, D) @ D.mT).transpose(0, 1).flatten(1)
+    u, whole = x if b is None else x - b, x.dtype in (torch.float32, torch.float64)
+    blocks = u.unflatten(-1, (-1, c)).transpose(0, 1)                         # (k, n, c), a view
+    y = torch.bmm(blocks, (D + _eye(D) if whole else D).mT).transpose(0, 1).flatten(1)
+    y = y if whole else u + y                                                 # in half precision I + D would lose D's digits
     if top is not None:
         y[:, ::c] += y[:, ::c].clone() @ top.mT
     return (y if b is None else x + (y - u))[:, :d]                           # exact where T = I
