@@ -1,7 +1,8 @@
 """Speed and memory of every method, ours beside peft's: the same layers, input, dtype and gradient for every row.
 
     python bench.py                                    # about 3 minutes on 2 CPU cores
-    python bench.py --quick                            # half a minute
+    python bench.py --quick                            # a quarter of one
+    python bench.py --profile                          # where a step's time goes, LOFT beside the frozen layers
     python bench.py --json rows.jsonl --plot cost.png  # a line a row; the cost against d, n and r as a figure
 
 1. Two d × d linear layers, forward and backward, as a ratio to the same layers frozen. The implementations take
@@ -84,16 +85,16 @@ def plain(model: nn.Module, method: str, backend: str, r: int | None, targets) -
     return model
 
 
-def flops(method: str, i: int, o: int, r: int | None) -> float:
-    """Multiplications per row of a linear layer (o, i) and its adapter, forward and backward; frozen: 2 i o.
+def flops(method: str, i: int, o: int, r: int | None, n: int) -> float:
+    """Multiplications per row of a linear layer (o, i) and its adapter, forward and backward, n rows; frozen: 2 i o.
 
-    Full: 3 i o. A support: xP, z Pᵀ, hP, dz Pᵀ, in the cheaper algebraic form, and three r × r products. Blocks of c:
-    3 c i. LoRA and reflections: six thin products.
+    Full: 3 i o. A support: the cheapest of kernels.py's three forms, and three r × r products. Blocks of c: 3 c i. LoRA and
+    reflections: six thin products.
     """
     r = r or 0
     blocks = dict(oft=32, oftv2=32, boft=16, goft=32)
     return 2 * i * o + {"frozen": 0, "full": i * o, "lora": 3 * r * (i + o), "hra": 6 * r * i}.get(
-        method, 3 * blocks[method] * i if method in blocks else 2 * r * (i + min(i, o)) + 3 * r * r)
+        method, 3 * blocks[method] * i if method in blocks else r * min(4 * i, 2 * (i + o), i + o + 2 * i * o / n) + 3 * r * r)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Step:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.row = dict(impl=impl, method=method, backend=backend, d=d, n=n, r=r, dtype=str(args.dtype).removeprefix("torch."),
                         device=args.device, trainable=sum(p.numel() for p in self.parameters),
-                        flops_ratio=flops(method, d, d, r) / flops("frozen", d, d, None))
+                        flops_ratio=flops(method, d, d, r, n) / flops("frozen", d, d, None, n))
         self.args, self.times = args, []
         if self.parameters:                                                   # away from T = I, where nothing is special
             with torch.no_grad():
@@ -250,6 +251,21 @@ def layer_table(d: int, n: int, seconds: float, args, methods=tuple(METHODS), ra
     return show(f"two {d} × {d} layers, n = {n} rows, forward + backward", steps)
 
 
+def profile(d: int, n: int, args) -> None:
+    """Where a step's time goes: the operations and shapes that take the most, frozen, then LOFT."""
+    for impl, method, backend, r in (("torch", "frozen", "eager", None), ("loft", "loft", "fused", RANKS["loft"])):
+        run = Step(impl, method, backend, r, d, n, args)
+        run.step()
+        with torch.profiler.profile(record_shapes=True) as seen:
+            for _ in range(20):
+                run.step()
+        of = (lambda e: e.self_cpu_time_total / 20e3) if args.device == "cpu" else (lambda e: e.self_device_time_total / 20e3)
+        events = sorted(seen.key_averages(group_by_input_shape=True), key=of, reverse=True)
+        print(f"\n{method}, d = {d}, n = {n}: {sum(map(of, events)):.2f} ms a step" + (f", r = {r}" if r else ""))
+        for e in events[:9]:
+            print(f"{of(e):10.2f} ms {e.count // 20:4d} × {e.key:28}" + " ".join("×".join(map(str, s)) for s in e.input_shapes if len(s) > 1))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 2. A transformer, 3. what is paid once
 # ---------------------------------------------------------------------------------------------------------
@@ -294,7 +310,7 @@ class Training(Step):
         self.optimizer = torch.optim.Adam([self.offset, *self.parameters], 1e-4)
         self.row = dict(impl=impl, method=method, backend="fused+share" if share else backend, d=d, n=n, r=r, layers=depth,
                         dtype=str(args.dtype).removeprefix("torch."), device=args.device,
-                        flops_ratio=sum(flops(method, *s, r) for s in shapes) / sum(flops("frozen", *s, None) for s in shapes),
+                        flops_ratio=sum(flops(method, *s, r, n) for s in shapes) / sum(2 * i * o for i, o in shapes),
                         trainable=sum(p.numel() for p in self.parameters))
         self.args, self.times = args, []
 
@@ -313,7 +329,6 @@ def transformer_table(d: int, n: int, depth: int, seconds: float, args, compile:
     steps = [Training(impl, m, backend, r, d, n, depth, args) for impl, m, backend, r in wanted]
     interleave(steps, seconds)
     return show(f"whole training step of a {depth}-layer transformer, d = {d}, n = {n} tokens, {6 * depth} linear layers", steps)
-
 
 
 def selection_table(d: int, r: int, args) -> list[dict]:
@@ -342,8 +357,10 @@ def selection_table(d: int, r: int, args) -> list[dict]:
     runs = {"thin": lambda: selectors.skew(W, G, r), "dense": dense, "plain": plain,
             "dense G": lambda: choose(None), "streaming": lambda: choose(False)}
     times: dict[str, list[float]] = {what: [] for what in runs}
-    for _ in range(3):
+    for _ in range(1 if args.quick else 3):
         for what, run in runs.items():
+            if times[what][-1:] > [5.0]:                                      # once is enough
+                continue
             start = timer()
             run()
             times[what].append(timer() - start)
@@ -394,11 +411,23 @@ def once_table(d: int, depth: int, args) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------
 
 def sweep(args) -> list[dict]:
-    """Cost against r, n and d, one at a time: LOFT and PSOFT, ours and peft's. The main table has r = 64, n = 1024."""
+    """Cost against r and n, one at a time: LOFT and PSOFT, ours and peft's. The tables before have the other d and n."""
     few = dict(methods=("loft", "psoft"), skip=("eager", "full"))
     rows = layer_table(1024, 1024, args.seconds / 2, args, ranks=(16, 64, 256), **few)
     rows += layer_table(1024, 4096, args.seconds / 2, args, **few)
     return rows
+
+
+def growth(rows: list[dict]) -> None:
+    """Seconds and counted products of every (d, n, r), fused LOFT, as multiples of those at the first: no cliff?"""
+    rows = [r for r in rows if (r["impl"], r["method"], r["backend"]) == ("loft", "loft", "fused") and "layers" not in r]
+    products, frozen = lambda row: row["flops_ratio"] * row["d"] ** 2 * row["n"], lambda row: row["step_ms"] / row["ratio_to_frozen"]
+    print("\nfused LOFT, growth from d = {d}, n = {n}, r = {r}".format_map(rows[0]))
+    for row in rows[1:]:
+        time, count = row["step_ms"] / rows[0]["step_ms"], products(row) / products(rows[0])
+        size = (row["d"] / rows[0]["d"]) ** 2 * row["n"] / rows[0]["n"]
+        print("d = {d:4}, n = {n:4}, r = {r:3}:".format_map(row), f"time × {time:6.3f}, products × {count:6.3f}: {time / count:.2f}"
+              f"; the frozen layers alone {frozen(row) / frozen(rows[0]) / size:.2f}")
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -433,30 +462,36 @@ def main(argv=None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write one object per row")
     parser.add_argument("--plot", metavar="FILE", help="draw cost against d, n and r (needs matplotlib)")
     parser.add_argument("--quick", action="store_true", help="fewer rows and repeats, no torch.compile: for CI")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes instead, LOFT beside the frozen layers")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    args.dtype, args.seconds = getattr(torch, args.dtype), 1.5 if args.quick else 10.0
+    args.dtype, args.seconds = getattr(torch, args.dtype), 0.5 if args.quick else 10.0
     torch.set_num_threads(args.threads)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {args.device} ({card}), "
           + (f"peft {peft.__version__}" if peft else "peft is not installed, its rows are left out: pip install peft"))
+    if args.profile:
+        for n in (1024, 128):
+            profile(1024, n, args)
+        return []
     compile = not args.quick and (args.device != "cpu" or shutil.which("g++") is not None)
     if not compile and not args.quick:
         print("no C++ compiler: the rows fused+compile are left out")
     compiled, started = ("loft", "oft", "hra") if compile else (), timer()
     if args.quick:
-        rows = layer_table(1024, 128, args.seconds, args) + transformer_table(256, 128, 12, args.seconds, args, False)
-        rows += selection_table(1536, 64, args)
+        rows = layer_table(1024, 128, args.seconds, args) + transformer_table(256, 128, 4, args.seconds, args, False)
+        rows += selection_table(1024, 64, args)
         rows += once_table(128, 2, args)
     else:
         rows = layer_table(1024, 1024, 2 * args.seconds, args, compiled=compiled)
         rows += layer_table(1024, 128, args.seconds, args)
         rows += layer_table(4096, 256, args.seconds, args, methods=("loft", "psoft", "oftv2", "hra", "lora"), skip=("full",))
         rows += sweep(args)
+        growth(rows)
         rows += transformer_table(512, 128, 12, args.seconds, args, False)
         rows += selection_table(4096, 64, args)
         rows += once_table(256, 4, args)

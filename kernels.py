@@ -3,7 +3,7 @@
     loft.adapt(model, ..., backend="fused")            # or, on a model that is adapted already:
     kernels.fuse(model);  kernels.unfuse(model)
 
-1. y = base(x + z (Tᵀ − I) Pᵀ), z = x P, in the form with fewer products, and z (n × r) is all that autograd keeps.
+1. y = base(x + z (Tᵀ − I) Pᵀ), z = x P, in the one of three forms with the fewest products; autograd keeps z (n × r) alone.
 2. T − I of all layers of one shape in one batched computation: one solve for the model, not one a layer. A product of
    sparse stages (BOFT's butterflies, GOFT's tree) is multiplied out into small dense blocks, at a cost that does not
    grow with the rows, which then pass through one batched product in place of m gathers.
@@ -17,10 +17,7 @@ from __future__ import annotations
 if __name__ == "kernels":
     # Not ours: transformers (or bitsandbytes) looks for PyPI's `kernels` and this file's folder stands first on
     # sys.path. Hand that package over where it is installed; ours is `loft.kernels`.
-    import importlib.machinery
-    import importlib.util
-    import os
-    import sys
+    import importlib.machinery, importlib.util, os, sys                       # noqa: E401
     _here = os.path.dirname(os.path.realpath(__file__))
     _spec = importlib.machinery.PathFinder.find_spec(
         "kernels", [p for p in sys.path if os.path.realpath(p or os.getcwd()) != _here])
@@ -47,29 +44,32 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class RotatedLinear(Function):
     """x W0ᵀ + b + z Dᵀ Bᵀ with z = xA: the whole rotated layer, the rotation moved past the frozen weight W0 (out, in).
 
-    A, B (in, r), (out, r) are P, W0P for W0 R and W0ᵀP, P for R W0, so it is one formula for both sides. Its thin
-    products cost n r (in + out), those of `in_support` 2 n r times the rotated dimension; and where x needs no gradient,
-    the gradient of T does not pass through W0 at all. Keeps z (n, r).
+    A, B (in, r), (out, r) are P, W0P for W0 R and W0ᵀP, P for R W0, so it is one formula for both sides. Where x needs no
+    gradient, that of T does not pass through W0 at all. With `whole`, W = W0 + B D Aᵀ is formed, in each direction anew,
+    and z only serves the gradient of T: for many rows (`_form`). Keeps z (n, r).
     """
 
     @staticmethod
-    def forward(ctx, x, z, D, W, b, A, B):
-        ctx.own = z is None
+    def forward(ctx, x, z, D, W, b, A, B, whole):
+        ctx.own, ctx.whole = z is None, whole
         z = x @ A if z is None else z                                         # (n, r)
         ctx.save_for_backward(z, D, W, A, B)
+        if whole:
+            return F.linear(x, torch.addmm(W, B @ D, A.mT), b)
         return F.linear(x, W, b).addmm_(z @ D.mT, B.mT)                       # (n, out), added in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         z, D, W, A, B = ctx.saved_tensors
-        gB, dx = g @ B, None                                                  # (n, r)
-        dz = gB @ D                                                           # ∂L/∂z = g B D
-        if ctx.needs_input_grad[0]:
-            dx = g @ W                                                        # ∂L/∂x = g W0 + g B D Aᵀ
-            dx = dx.addmm_(dz, A.mT) if ctx.own else dx
-        return (dx, None if ctx.own else dz, gB.mT @ z if ctx.needs_input_grad[2] else None, None,
-                g.sum(0) if ctx.needs_input_grad[4] else None, None, None)
+        gB, dx, dz = g @ B, None, None                                        # (n, r)
+        if ctx.needs_input_grad[0] and ctx.whole:
+            dx = g @ torch.addmm(W, B @ D, A.mT)                              # ∂L/∂x = g W
+        elif ctx.needs_input_grad[0]:
+            dx, dz = g @ W, gB @ D                                            # ∂L/∂x = g W0 + ∂L/∂z Aᵀ, ∂L/∂z = g B D
+            dx, dz = (dx.addmm_(dz, A.mT), None) if ctx.own else (dx, dz)     # a shared z passes its own on
+        return (dx, dz, gB.mT @ z if ctx.needs_input_grad[2] else None, None,
+                g.sum(0) if ctx.needs_input_grad[4] else None, None, None, None)
 
 
 def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tensor, _=None) -> Tensor:
@@ -81,7 +81,8 @@ def in_support(x: Tensor, z: Tensor | None, b: Tensor | None, D: Tensor, P: Tens
 def in_blocks(x: Tensor, z: None, b: Tensor | None, D: Tensor, top: Tensor | None = None) -> Tensor:
     """Rows x + (x − b) Dᵀ, D block-diagonal (k, c, c); then, for GOFT, `top` (k, k) on every c-th coordinate.
 
-    The blocks are strided views of x's columns, one batched product for all of them. Autograd keeps x (or x − b).
+    The blocks are strided views of x's columns, one batched product for all of them. Autograd keeps x (or x − b): no less
+    would do, for ∂L/∂T_k = h_kᵀ x_k for any h. (bmm into a strided result saves a copy, but is then one call a block.)
     """
     d, c = x.shape[-1], D.shape[-1]
     if pad := D.shape[0] * c - d:                                             # GOFT takes any d: fill up the last block
@@ -112,7 +113,7 @@ class Cayley(Function):
 
     @staticmethod
     def forward(ctx, Q, polish):
-        D = torch.linalg.solve(_eye(Q) - Q, 2 * Q, left=False)
+        D = _solve(_eye(Q) - Q, 2 * Q)
         D = _polish(D) if polish else D
         ctx.save_for_backward(D)
         return D
@@ -128,6 +129,14 @@ def _eye(like: Tensor, n: int | None = None) -> Tensor:
     return torch.eye(n or like.shape[-1], dtype=like.dtype, device=like.device)
 
 
+def _solve(A: Tensor, B: Tensor) -> Tensor:
+    """B A⁻¹ (…, b, b); large ones one by one: on a CPU torch's batched LU hangs in MKL's threads (pytorch#142815, b ≥ 151)."""
+    if A.device.type != "cpu" or A.shape[-1] <= 64:
+        return torch.linalg.solve(A, B, left=False)
+    pairs = zip(A.flatten(0, -3), B.flatten(0, -3))
+    return torch.stack([torch.linalg.solve(a, b, left=False) for a, b in pairs]).view_as(B)
+
+
 def _polish(D: Tensor) -> Tensor:
     """Two Newton–Schulz steps T ← T (I − ½(TᵀT − I)), which restore TᵀT = I; written in D = T − I."""
     for _ in range(2):
@@ -139,20 +148,19 @@ def _polish(D: Tensor) -> Tensor:
 def skew_blocks(g: Tensor, b: int, map: str, terms: int, bound: float | None, polish: bool = True) -> Tensor:
     """T − I (…, b, b) of generators g (…, b(b−1)/2): Q = U − Uᵀ, ‖Q‖_F ≤ bound, then the map."""
     i, j = torch.triu_indices(b, b, 1, device=g.device)
-    U = g.new_zeros(*g.shape[:-1], b * b).index_copy(-1, i * b + j, g).unflatten(-1, (b, b))   # filled row by row
+    U = g.new_zeros(*g.shape[:-1], b * b).scatter(-1, (i * b + j).expand_as(g), g).unflatten(-1, (b, b))   # row by row
     Q = U - U.mT
-    if bound is not None:
-        Q = Q * (bound / (torch.linalg.vector_norm(g, dim=-1)[..., None, None] * 2 ** 0.5).clamp(min=bound))
+    if bound is not None:                                                     # Q ← Q min(1, bound / ‖Q‖_F)
+        Q = Q * (bound * Q.square().sum((-2, -1), keepdim=True).clamp(min=bound ** 2).rsqrt())
     if map == "cayley":
         return Cayley.apply(Q, polish)
     if map == "expm":
         D = torch.linalg.matrix_exp(Q) - _eye(Q)
         return D + (_polish(D.detach()) - D.detach())                         # the polish's derivative is the identity
-    power, D = Q, 2 * Q                                                       # Cayley–Neumann: 2Q + 2Q² + … + Q^(terms−1)
-    for k in range(2, terms):
-        power = power @ Q
-        D = D + (2 if k < terms - 1 else 1) * power
-    return D
+    D = flat = Q.flatten(0, -3)                                               # Cayley–Neumann: 2Q + 2Q² + … + Q^(terms−1)
+    for _ in range(terms - 2):
+        D = torch.baddbmm(flat, flat, D, beta=2)                              # D ← 2Q + Q D
+    return D.view_as(Q) if terms > 2 else 2 * Q
 
 
 def multiply_butterflies(D: Tensor) -> Tensor:
@@ -224,7 +232,8 @@ def _householder(u, *, dense):
     half = torch.full_like(h, 0.5)
     pair = torch.stack([torch.stack([half, half - h], -1), torch.stack([-half, h], -1)], -2)   # (L, k/2, 2, 2)
     gram = torch.triu(V.mT @ V, 1) * (1 - _block_diagonal(torch.ones_like(pair)))
-    K = torch.linalg.inv(gram + _block_diagonal(pair))                        # S⁻¹, S = ½ I + strictly upper VᵀV, in pairs
+    K = gram + _block_diagonal(pair)                                          # S = ½ I + strictly upper VᵀV, in pairs
+    K = _solve(K, _eye(K).expand_as(K))                                       # S⁻¹
     return (-(V @ K @ V.mT),) if dense else (V, K)
 
 
@@ -241,15 +250,13 @@ def _keep(t: Tensor) -> Tensor:
 class Batch(Function):
     """Group.make of L layers' parameters, as one node of the graph that can be walked back repeatedly.
 
-    The graph inside is kept and retained, so that gradient accumulation needs no second build. A layer that took no
-    part in the loss gets no gradient, as in eager code.
+    The graph inside is kept: gradient accumulation needs no second build. A layer apart from the loss gets no gradient.
     """
 
     @staticmethod
     def forward(ctx, group, *parameters):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep, _keep):   # a checkpoint's stay outside
-            leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p))
-                      for p in group.by_name(parameters)]
+            leaves = [torch.stack(p).detach().requires_grad_(any(q.requires_grad for q in p)) for p in group.by_name(parameters)]
             outputs = group.make(leaves)
         ctx.group, ctx.leaves, ctx.outputs = weakref.ref(group), leaves, outputs   # weak: the group holds what this node made
         ctx.set_materialize_grads(False)
@@ -262,8 +269,8 @@ class Batch(Function):
             group.used = True
         width = len(ctx.outputs)
         rows = [grads[i:i + width] for i in range(0, len(grads), width)]      # one row of gradients a layer
-        stacked = [torch.stack([out.new_zeros(out.shape[1:]) if row[k] is None else row[k] for row in rows])
-                   for k, out in enumerate(ctx.outputs)]
+        stacked = [torch.stack([torch.zeros_like(out[0]) if h is None else h for h in each])
+                   for out, each in zip(ctx.outputs, zip(*rows))]
         wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(ctx.outputs, wanted, stacked, retain_graph=True))
         found = [next(found) if leaf.requires_grad else None for leaf in ctx.leaves]
@@ -357,14 +364,14 @@ class Group:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         parts, product, z = [t.to(dtype) for t in self.get(layer)], False, None
         if self.apply is in_support:
-            product = _by_product(layer, dtype)
+            product, whole = _form(layer, dtype, x.numel() // x.shape[-1])
             parts += self.constants(layer, dtype, product)
             z = layer.fused_share.project(x, parts[1]) if layer.fused_share is not None and not is_compiling() else None
         if product:                                                           # y = x W0ᵀ + b + z Dᵀ Bᵀ
             D, P, WP = parts
             A, B = (P, WP) if side == "input" else (WP, P)
             rows = x.reshape(-1, x.shape[-1])
-            return RotatedLinear.apply(rows, z, D, base.weight, b, A, B).view(*x.shape[:-1], -1)
+            return RotatedLinear.apply(rows, z, D, base.weight, b, A, B, whole).view(*x.shape[:-1], -1)
         if side == "input":                                                   # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
             y = self.apply(x.reshape(-1, x.shape[-1]).to(dtype), z, None, *parts).view(x.shape)
             return base(y if past is None else past(y))
@@ -379,13 +386,20 @@ class Group:
         self.slots = None
 
 
-def _by_product(layer: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `RotatedLinear` fits: no more work by shape; a plain frozen layer, of that dtype, that nobody listens to."""
-    base, narrow = layer.base, layer.in_features - layer.out_features
-    return (type(base) is nn.Linear and getattr(layer, "past", None) is None and not is_compiling()
-            and (narrow >= 0 if layer.side == "input" else narrow <= 0)
+def _form(layer: nn.Module, dtype: torch.dtype, n: int) -> tuple[bool, bool]:
+    """(whether `RotatedLinear` fits, whether with W whole): by counting products; a plain frozen layer that nobody listens to.
+
+    Forward and backward, over r:  in_support 4 n d,  past W0 2 n (in + out),  W whole n (in + out) + 2 in out, where the
+    last term counts twice, for a W made is also written and read. In half precision W0 + B D Aᵀ would lose D's digits.
+    """
+    base, i, o = layer.base, layer.in_features, layer.out_features
+    fits = (type(base) is nn.Linear and getattr(layer, "past", None) is None and not is_compiling()
             and not base.weight.requires_grad and base.weight.dtype == dtype and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks))
+    d = i if layer.side == "input" else o
+    thin = 2 * n * min(i + o, 2 * d)
+    whole = fits and dtype in (torch.float32, torch.float64) and n * (i + o) + 4 * i * o < thin
+    return fits and (whole or i + o <= 2 * d), whole
 
 
 VECTORS = ("alpha", "beta", "gauge")                                          # Rotation's; the other names are its transform's
@@ -430,9 +444,9 @@ def _adapted(model: nn.Module) -> list[nn.Module]:
 def fuse(model: nn.Module) -> nn.Module:
     """Switches every adapted layer of `model` to the fast path, in place; returns it. Same parameters, same results.
 
-    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA;
-    butterflies of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Gradients of gradients and
-    torch.func's transforms are for the eager path. Raises ValueError on a model that is not adapted.
+    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA; butterflies
+    of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Second derivatives and torch.func's transforms
+    are for the eager path. Raises ValueError on a model that is not adapted.
     """
     unfuse(model)
     groups: dict = {}
@@ -487,11 +501,8 @@ class Shared:
 def share(model: nn.Module, groups) -> nn.Module:
     """Lets layers that read one input share z = x P: `kernels.share(model, [["q_proj", "k_proj", "v_proj"]])`.
 
-    Args:
-        groups: lists of names that sister layers have in their parent module. They need one support: adapt with one
-            tensor for all of them, say that of the stacked weights, principal(torch.cat([Wq, Wk, Wv]), r).
-    An input that is another tensor (cross-attention's) is projected again. Under torch.compile it changes nothing, and
-    `fuse` undoes it.
+    Sister layers of one parent module, of one support: adapt with one tensor for all, say principal(torch.cat([Wq, Wk, Wv]), r).
+    An input that is another tensor (cross-attention's) is projected again; nothing changes under torch.compile; `fuse` undoes it.
     Raises ValueError: no module has such fused layers, or their supports differ.
     """
     fused = {m for m in _adapted(model) if m.fused is not None}

@@ -83,7 +83,10 @@ def skew(generator: Tensor, b: int) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """T − I for the Cayley transform T = (I + Q)(I − Q)⁻¹ of a skew Q (…, b, b): every rotation without eigenvalue −1."""
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return _polish(torch.linalg.solve(eye - Q, 2 * Q, left=False))            # T − I = 2 Q (I − Q)⁻¹: no cancellation
+    solve = lambda Q: torch.linalg.solve(eye - Q, 2 * Q, left=False)          # T − I = 2 Q (I − Q)⁻¹: no cancellation
+    if Q.device.type == "cpu" and Q.shape[-1] > 64:                           # one by one: torch's batched LU hangs in MKL's
+        return _polish(torch.stack([solve(q) for q in Q.reshape(-1, *Q.shape[-2:])]).view_as(Q))   # threads (pytorch#142815)
+    return _polish(solve(Q))
 
 
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:

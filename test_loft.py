@@ -1780,6 +1780,21 @@ def test_the_cache_follows_every_change_of_the_parameters(tmp_path, monkeypatch)
     assert builds[0] == before and not fused._forward_hooks
 
 
+def test_large_blocks_are_solved_on_two_threads():
+    """torch's batched LU hangs there (pytorch#142815): in eager and in fused code no large batch reaches it."""
+    code = """
+import loft, torch
+from torch import nn
+torch.set_num_threads(2)
+for backend in ("eager", "fused"):
+    model = loft.adapt(nn.Sequential(nn.Linear(512, 512)), "0", method="oft", block_size=256, backend=backend)
+    nn.init.normal_(model[0].rotation.transform.generator, std=0.01)
+    model(torch.randn(4, 512)).sum().backward()
+    assert loft.orthogonality_error(model)["0"] < 1e-5
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, timeout=120)
+
+
 def test_an_unused_layer_gets_no_gradient():
     _, fused, x = pair("loft", out=16, d=16)
     fused[0](x).sum().backward()
@@ -1961,3 +1976,22 @@ def test_bench_rows(monkeypatch, capsys):
     assert z <= found["loft", "loft", "fused"]["saved_mib"] <= 1.1 * z + 2 * 10 * 8 * r * r / 2 ** 20
     assert found["loft", "loft", "fused"]["saved_mib"] < found["loft", "lora", "eager"]["saved_mib"]
     assert found["torch", "full", "eager"]["trainable"] == 2 * d * (d + 1)
+
+
+def test_bench_quick(monkeypatch, tmp_path):
+    """The command of CI, without peft: a line a row, with the keys; counts of bytes and parameters, no times."""
+    import bench
+    monkeypatch.setattr(bench, "peft", None)
+    rows = bench.main(["--quick", "--json", str(tmp_path / "rows.jsonl")])
+    assert rows == [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    keys = {"impl", "method", "backend", "d", "n", "r", "dtype", "device", "step_ms", "ratio_to_frozen", "saved_mib", "peak_mib", "trainable"}
+    assert all(keys <= row.keys() for row in rows)
+    found = {(row["method"], row["backend"]): row for row in rows if row["n"] == row["d"] // 8 and "layers" not in row}
+    n, d, floats = 128, 1024, lambda row: row["saved_mib"] * 2 ** 18
+    assert {m: found[m, "eager"]["trainable"] for m in ("frozen", "loft", "psoft", "oft", "boft", "goft", "hra", "lora", "full")} == dict(
+        frozen=0, loft=2 * 2016, psoft=2 * (2016 + 128), oft=2 * 32 * 496, boft=2 * 2 * 128 * 28, goft=2 * (d - 1), hra=2 * 8 * d,
+        lora=2 * 16 * 2 * d, full=2 * d * (d + 1))
+    assert floats(found["frozen", "eager"]) == 0
+    assert 2 * n * 64 <= floats(found["loft", "fused"]) <= 1.1 * 2 * n * 64 + 2 * 2 * 64 * 64   # z, and D twice
+    assert 2 * n * d <= floats(found["oft", "fused"]) <= 2 * n * d + 2 * 5 * 32 * 32 * 32       # x, and blocks
+    assert floats(found["loft", "fused"]) < floats(found["lora", "eager"])
