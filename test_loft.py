@@ -6,6 +6,7 @@ import copy
 import gc
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
