@@ -97,6 +97,13 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def of_all(value: torch.Tensor, device) -> list[torch.Tensor]:
+    """The value on every device, in the order of ranks."""
+    values = [torch.empty_like(value, device=device) for _ in range(world())]
+    dist.all_gather(values, value.to(device)) if world() > 1 else values[0].copy_(value)
+    return [v.cpu() for v in values]
+
+
 def wrap(model: nn.Module, args, everything: bool) -> nn.Module:
     """What training calls: the model itself, under DDP, or with its frozen weights in shards (FSDP2)."""
     if world() == 1:
@@ -202,13 +209,9 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
                 print(f"{name}  stopped early at step {step}: the best was step {state['best'][1]}")
                 break
         if keep and (step % args.save_every == 0 and step < steps):
-            random = [torch.get_rng_state()] * world()
-            cuda = [torch.cuda.get_rng_state()] * world() if device.type == "cuda" else []
-            if world() > 1:
-                dist.all_gather_object(random, random[0])
-                dist.all_gather_object(cuda, cuda[0]) if cuda else None
+            cuda = of_all(torch.cuda.get_rng_state(), device) if device.type == "cuda" else []
             keep(state | dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), generator=generator.get_state(),
-                              rng=random, cuda_rng=cuda, weights=weights(model)))
+                              rng=of_all(torch.get_rng_state(), device), cuda_rng=cuda, weights=weights(model)))
     if state["best"]:
         restore(model, state["best"][2])
     model.eval()
@@ -219,14 +222,14 @@ def weights(model: nn.Module) -> dict:
     """What training changes: the adapter with whatever else trains, as the bytes of its file, or every trainable weight."""
     if loft.layers(model):
         loft.save(model, buffer := io.BytesIO())
-        return {"adapter": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
+        return {"adapter": buffer.getvalue()}
     return {"weights": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}}
 
 
 def restore(model: nn.Module, saved: dict) -> None:
     """The inverse of `weights`, on the same model (or, of an adapter, on a plain one)."""
     if "adapter" in saved:
-        loft.load(model, io.BytesIO(saved["adapter"].numpy().tobytes()))
+        loft.load(model, io.BytesIO(saved["adapter"]))
     with torch.no_grad():
         for n, value in saved.get("weights", {}).items():
             model.get_parameter(n).copy_(value)
@@ -397,7 +400,7 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     if loft.layers(model):
         if method != "lora":
             row["orthogonality_error"] = max(loft.orthogonality_error(model).values())
-        write(args.out / f"{stem(cell)}.pt", weights(model)["adapter"].numpy().tobytes())
+        write(args.out / f"{stem(cell)}.pt", weights(model)["adapter"])
     if args.export and rank() == 0:
         folder = args.out / f"{stem(cell)}-merged"
         folder.mkdir(exist_ok=True)
