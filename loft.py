@@ -840,11 +840,12 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
     """
     torch.save(_payload(model, name), buffer := io.BytesIO())
     data = buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest()
-    if hasattr(path, "write"):
-        path.write(data)
-        return
-    path = os.fspath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    path.write(data) if hasattr(path, "write") else _write(path, data)
+
+
+def _write(path, data: bytes) -> None:
+    """All of it or nothing: written beside `path`, then moved over it."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as f:
             f.write(data)

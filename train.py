@@ -56,17 +56,9 @@ NOT_OF_A_CELL = {"out", "resume", "report", "plot", "compare", "task", "method",
 # ---------------------------------------------------------------------------------------------------------
 
 def write(path: Path, data: bytes) -> None:
-    """All of it or nothing: written beside `path`, then moved over it. On several devices the first one writes."""
+    """All of it or nothing; on several devices, the first one writes."""
     if rank() == 0:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        loft._write(path, data)
 
 
 def dump(value) -> bytes:
