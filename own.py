@@ -174,6 +174,8 @@ def own(args) -> Task:
 
     if "label" in examples[0]:
         labels = sorted({e["label"] for e in examples})
+        if len(labels) < 2:
+            raise SystemExit(f"{args.data} has one label only, {labels[0]!r}: there is nothing to tell apart")
         if unknown := {e["label"] for e in held_out or ()} - set(labels):
             raise SystemExit(f"{args.val} has the label {min(unknown)!r}, which {args.data} has not")
         model, head = classifier("AutoModelForSequenceClassification", len(labels))

@@ -226,7 +226,7 @@ def test_the_main_job_end_to_end(monkeypatch, tmp_path, capsys):
     assert rows[0]["before"] == rows[0]["after"] and rows[1]["after"] != rows[1]["before"]
     loft.load(tasks.Transformer(), next((tmp_path / "a").glob("code-loft-skew*.pt")))
     lines = train.read_rows(tmp_path / "a/metrics.jsonl")
-    assert {l["cell"] for l in lines} == {p.stem for p in (tmp_path / "a").glob("code-*.pt")} | {"code-full-lr0.001-seed0"}
+    assert {l["cell"] for l in lines} == {p.stem for p in (tmp_path / "a").glob("code-*.pt")} | {"code-full-lr0.003-seed0"}
     assert (tmp_path / "a/table.txt").read_text().strip() in capsys.readouterr().out
 
     real = train.run
@@ -347,7 +347,9 @@ def test_a_killed_run_goes_on_bit_for_bit(method, die, tmp_path):
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text('{"a": 1}\n{"a": 2}\n{"a": 3, "b')
-    assert train.read_rows(file) == [{"a": 1}, {"a": 2}]
+    cut = file.read_text()
+    assert train.read_rows(file) == [{"a": 1}, {"a": 2}] and file.read_text() == cut                   # a report only reads
+    assert train.read_rows(file, mend=True) == [{"a": 1}, {"a": 2}]
     train.append(file, {"a": 4})
     assert train.read_rows(file) == [{"a": 1}, {"a": 2}, {"a": 4}]
 
@@ -578,6 +580,7 @@ def test_data_that_cannot_be_used_gets_one_clear_line(folder, tmp_path):
     data(tmp_path / "good.jsonl", "label")
     (tmp_path / "val.jsonl").write_text('{"text": "x", "label": "odd"}')
     refused("good.jsonl", None, "--val", str(tmp_path / "val.jsonl"), match="label 'odd'")
+    refused("one.csv", "text,label\na,x\nb,x\n", match="one label only, 'x'")
     (tmp_path / "lm.jsonl").write_text('{"text": "x"}')
     refused("good.jsonl", None, "--val", str(tmp_path / "lm.jsonl"), match="alike")
     with pytest.raises(SystemExit, match="cannot load"):

@@ -45,8 +45,7 @@ from tasks import TASKS, Task, to
 METHODS = ("frozen", *loft.METHODS, "full")
 SUPPORTS = (*selectors.KINDS, "allocated")                                     # allocated: skew, as many parameters in all, ranks by σ
 # Learning rates by default, the best of README's grids: 1e-2 where a support's score is more than half of skew's, 3e-2 below.
-RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "activation": 3e-2, "oft": 1e-2, "boft": 1e-2, "goft": 1e-2,
-         "hra": 1e-2, "lora": 3e-3, "full": 1e-3}
+RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "activation": 3e-2, "oft": 3e-2, "hra": 3e-2, "lora": 3e-2, "full": 3e-3}
 NOT_OF_A_CELL = {"out", "resume", "report", "plot", "compare", "task", "method", "support", "rank", "budget", "lr", "seeds", "seed",
                  "device", "save_every", "export", "grid"}                     # every other setting is part of what a cell is
 
@@ -72,11 +71,11 @@ def append(path: Path, row: dict) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a .jsonl file; a last one that a kill cut short is taken off the file too."""
+def read_rows(path: Path, mend: bool = False) -> list[dict]:
+    """The lines of a .jsonl file but for a last one that a kill cut short; `mend` takes that off the file too."""
     text = path.read_text() if path.exists() else ""
     whole = text[:text.rfind("\n") + 1]
-    if whole != text:
+    if mend and whole != text:
         write(path, whole.encode())
     return [json.loads(line) for line in whole.splitlines()]
 
@@ -528,7 +527,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         compare, ["random", "principal", "gradient", "skew"])
     args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
     args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
-    args.lr = args.lr or ([1e-3, 3e-3, 1e-2, 3e-2] if compare else None)
+    args.lr = args.lr or {"supports": [1e-3, 3e-3, 1e-2, 3e-2], "methods": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}.get(compare)
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.dtype = args.dtype and getattr(torch, args.dtype)
     if "RANK" in os.environ and not args.report:                               # started by torchrun
@@ -607,7 +606,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if not args.resume:
         about = dict(argv=argv, torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads(), devices=world())
         write(args.out / "settings.json", json.dumps(about | {k: v for k, v in vars(args).items()}, indent=1, default=str).encode())
-    rows, failed = read_rows(args.out / "results.jsonl"), []
+    rows, failed = read_rows(args.out / "results.jsonl", mend=True), []
+    read_rows(args.out / "metrics.jsonl", mend=True)
     try:
         for name in args.task:
             train(args, name, rows, failed)
