@@ -113,16 +113,14 @@ def eights(batch: Batch) -> list[Batch]:
     return list(zip(*(t.split(8) for t in batch)))
 
 
-def split(batch: Batch, val: Batch | None, shuffle: bool, path) -> tuple[Batch, dict[str, list[Batch]]]:
-    """(train, {tune, val}): a tenth is kept to tune on, and another one to measure on if there is no file for it."""
-    n = len(batch[0])
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)) if shuffle else torch.arange(n)   # a text: its end
+def split(n: int, val: bool, path, shuffle: bool = True) -> tuple[list[int], list[int], list[int]]:
+    """Which of n examples train, tune and measure: a tenth each for the last two, none to measure if `val` is there for it."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist() if shuffle else list(range(n))   # a text: its end
     part = max(1, n // 10)
-    if n < (3 if val is None else 2):
+    if n < (2 if val else 3):
         raise SystemExit(f"{path} makes {n} examples: too few to keep some to tune and to measure on; give more, or a smaller --context")
-    take = lambda rows: tuple(t[rows] for t in batch)
-    val, rest = (take(order[-part:]), order[:-part]) if val is None else (val, order)
-    return take(rest[:-part]), {"tune": eights(take(rest[-part:])), "val": eights(val)}
+    held, rest = ([], order) if val else (order[-part:], order[:-part])
+    return rest[:-part], rest[-part:], held
 
 
 def own(args) -> Task:
@@ -150,14 +148,27 @@ def own(args) -> Task:
     def images(path):
         try:
             data = torch.load(path, weights_only=True)
-            return data["x"], data["y"].long()
+            x, y = data["x"].float(), data["y"].long()
         except Exception as e:
             raise SystemExit(f"{path}: wanted is torch.save of dict(x=images (n, channels, h, w), y=classes (n,)): {str(e).splitlines()[0]}")
+        if x.ndim != 4 or y.shape != x.shape[:1] or len(y) and int(y.min()) < 0:
+            raise SystemExit(f"{path}: x is {tuple(x.shape)}, y {tuple(y.shape)}; wanted are (n, channels, h, w) and (n,), classes from 0")
+        return x, y
+
+    def parts(data: Batch, val: Batch | None) -> tuple[Batch, dict[str, list[Batch]]]:
+        """(train, {tune, val}) of data that is one example a row."""
+        train, tune, held = split(len(data[0]), val is not None, args.data)
+        if int(data[-1].max()) < 1:
+            raise SystemExit(f"{args.data} has one class only: there is nothing to tell apart")
+        if val is not None and int(val[-1].max()) > int(data[-1].max()):
+            raise SystemExit(f"{args.val} has the class {int(val[-1].max())}, which {args.data} has not")
+        take = lambda rows: tuple(t[rows] for t in data)
+        return take(train), {"tune": eights(take(tune)), "val": eights(take(held) if val is None else val)}
 
     if args.data.suffix == ".pt":
         data, val = images(args.data), images(args.val) if args.val else None
         model, head = classifier("AutoModelForImageClassification", int(data[1].max()) + 1)
-        train, splits = split(data, val, True, args.data)
+        train, splits = parts(data, val)
         return Task("own", model, rows(*train), loss_of(image_logits), splits, trainable=head, probe=100, size=8,
                     measure=lambda m: classification(m, splits["val"], image_logits), export=lambda m, path: m.save_pretrained(path))
 
@@ -174,8 +185,6 @@ def own(args) -> Task:
 
     if "label" in examples[0]:
         labels = sorted({e["label"] for e in examples})
-        if len(labels) < 2:
-            raise SystemExit(f"{args.data} has one label only, {labels[0]!r}: there is nothing to tell apart")
         if unknown := {e["label"] for e in held_out or ()} - set(labels):
             raise SystemExit(f"{args.val} has the label {min(unknown)!r}, which {args.data} has not")
         model, head = classifier("AutoModelForSequenceClassification", len(labels))
@@ -188,24 +197,30 @@ def own(args) -> Task:
         def tensors(examples):
             got = tokenizer([e["text"] for e in examples], truncation=True, max_length=context, padding=True, return_tensors="pt")
             return got.input_ids, got.attention_mask, torch.tensor([labels.index(e["label"]) for e in examples])
-        train, splits = split(tensors(examples), tensors(held_out) if held_out else None, True, args.data)
+        train, splits = parts(tensors(examples), tensors(held_out) if held_out else None)
         return Task("own", model, rows(*train), loss_of(text_logits), splits, trainable=head, probe=100, size=8,
                     measure=lambda m: classification(m, splits["val"], text_logits), export=export)
 
     model, end = pretrained("AutoModelForCausalLM"), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
-    def tensors(examples):
-        coded = []
-        for e in examples:
-            prompt = tokenizer(e["prompt"]).input_ids if "prompt" in e else []
-            while prompt and end and prompt[-1] == end[0]:                     # some tokenizers end every text
-                prompt.pop()
-            answer = tokenizer(e.get("response") or e["text"], add_special_tokens="prompt" not in e).input_ids
-            answer += end if answer[-1:] != end else []
-            coded.append((prompt + answer, [-100] * len(prompt) + answer))
-        return pack(coded, context)
-    many = len(examples) > 1
-    train, splits = split(tensors(examples), tensors(held_out) if held_out else None, many, args.data)
-    old = Task("old", model, None, packed_loss, {"val": eights(tensors(read(args.old)))}) if args.old else None
-    return Task("own", model, rows(*train), packed_loss, splits, old, size=8, export=export,
-                count=lambda b: max(1, int((b[1][:, 1:] != -100).sum())))
+    def coded(e: dict) -> tuple[list[int], list[int]]:
+        """ids and targets of an example, -100 in its prompt."""
+        prompt = tokenizer(e["prompt"]).input_ids if "prompt" in e else []
+        while prompt and end and prompt[-1] == end[0]:                         # some tokenizers end every text
+            prompt.pop()
+        answer = tokenizer(e.get("response") or e["text"], add_special_tokens="prompt" not in e).input_ids
+        answer += end if answer[-1:] != end else []
+        return prompt + answer, [-100] * len(prompt) + answer
+
+    found = [coded(e) for e in examples]
+    if len(found) == 1:                                                        # one text: its rows are the examples
+        found = [tuple(part[i:i + context] for part in found[0]) for i in range(0, len(found[0][0]), context)]
+    train, tune, val = ([found[i] for i in part] for part in split(len(found), bool(held_out), args.data, shuffle=len(examples) > 1))
+    val = [coded(e) for e in held_out] if held_out else val
+    packed = {name: pack(part, context) for name, part in (("train", train), ("tune", tune), ("val", val))}   # split first: no text is in two
+    if empty := [name for name, part in packed.items() if not len(part[0])]:
+        raise SystemExit(f"{args.data} leaves nothing to predict for {empty[0]}: give more examples, or a larger --context")
+    count = lambda batch: max(1, int((batch[1][:, 1:] != -100).sum()))
+    old = args.old and Task("old", model, None, packed_loss, {"val": eights(pack([coded(e) for e in read(args.old)], context))}, count=count)
+    return Task("own", model, rows(*packed["train"]), packed_loss, {name: eights(packed[name]) for name in ("tune", "val")}, old, size=8,
+                export=export, count=count)

@@ -41,7 +41,7 @@ def mean(group: list[dict], *key: str) -> float:
 
 def table(rows: list[dict]) -> str:
     """One line per method, support and size: means over the seeds, and the standard deviation of the loss after."""
-    extra, lines = list(rows[0]["measures"]), []
+    extra, lines = list(dict.fromkeys(k for row in rows for k in row["measures"])), []
     named = lambda *values: tuple(f"{v:.3f}" if isinstance(v, float) else "" for v in values)
     found = groups(rows)
     differ = [k for k in found[0][0] if k not in (*NOT_A_SETTING, "task", "method", "support", "size")
@@ -85,11 +85,16 @@ def comparison(rows: list[dict]) -> str:
     return aligned(head, lines, 1) + "\n" + words
 
 
+def about(row: dict) -> str:
+    """What a row can be compared within: its task, and of your own, the model and data."""
+    return " ".join(str(row[k]) for k in ("task", "model", "data") if row.get(k))
+
+
 def show(rows: list[dict], compare: bool = False) -> str:
     """The tables of all tasks."""
     parts = []
-    for name in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == name]
+    for name in dict.fromkeys(map(about, rows)):
+        mine = [row for row in rows if about(row) == name]
         seeds = sorted({row["seed"] for row in mine})
         parts.append(f"{name}: bits on held-out data of the new domain and of the old; {'/'.join(sorted({str(r['steps']) for r in mine}))} steps, "
                      f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, torch {torch.__version__}\n\n{table(mine)}")
@@ -106,10 +111,10 @@ def plot(rows: list[dict], path: Path) -> str:
         return "--plot needs the package matplotlib: pip install matplotlib"
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = list(dict.fromkeys(map(about, rows)))
     figure, axes = pyplot.subplots(len(tasks), 2, figsize=(12, 4 * len(tasks)), squeeze=False, layout="constrained")
     for name, (left, right) in zip(tasks, axes):
-        for i, group in enumerate(groups([row for row in rows if row["task"] == name])):
+        for i, group in enumerate(groups([row for row in rows if about(row) == name])):
             row, label = group[0], " ".join(str(v) for v in (group[0]["method"], group[0]["support"], group[0]["size"]) if v)
             losses, colour = [r["after"] for r in group], f"C{i % 10}"
             if row["curve"]:

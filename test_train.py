@@ -177,9 +177,9 @@ def test_unseen_languages_combine_rules_that_are_seen_one_by_one():
 # Cells, budgets, tables
 # ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("shapes, budget", [([(32, 96), (32, 32), (128, 32)], 1500), ([(24, 96), (96, 24)], 999)])
 @pytest.mark.parametrize("method", [m for m in loft.METHODS if m != "goft"])
-def test_a_size_is_the_largest_within_the_budget(method):
-    shapes, budget = [(32, 96), (32, 32), (128, 32)], 1500
+def test_a_size_is_the_largest_within_the_budget(method, shapes, budget):
     build = lambda: nn.Sequential(*[nn.Linear(d, n) for d, n in shapes])
     size = train.sizes(method, shapes, budget)
 
@@ -188,8 +188,17 @@ def test_a_size_is_the_largest_within_the_budget(method):
         rank = {str(i): min(size, d) for i, (d, _) in enumerate(shapes)} if method in ("loft", "psoft") else size
         model = loft.adapt(build(), ".", method=method, rank=None if options else rank, **options)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    more = {"oft": size * 2, "boft": size * 2, "hra": size + 2}.get(method, size + 1)
-    assert parameters(size) <= budget < parameters(more)
+    divisor = math.gcd(*(d for d, _ in shapes))
+    more = {"oft": next((b for b in range(size + 1, divisor + 1) if divisor % b == 0), None), "hra": size + 2,
+            "boft": next((b for b in range(size + 1, divisor + 1) if b % 2 == 0 and divisor % (2 * b) == 0), None)}.get(method, size + 1)
+    assert parameters(size) <= budget and (more is None or budget < parameters(more))
+
+
+def test_a_budget_below_the_least_size_is_refused():
+    with pytest.raises(ValueError, match="lora has no size of at most 10 parameters: its least is 64"):
+        train.sizes("lora", [(32, 32)], 10)
+    with pytest.raises(ValueError, match="no block divides"):
+        train.sizes("oft", [(32, 32), (15, 8)], 1000)
 
 
 def test_a_grid_runs_once_and_its_rates_are_tried_on_the_first_seed(quick, tmp_path, capsys):
@@ -231,7 +240,9 @@ def test_the_main_job_end_to_end(monkeypatch, tmp_path, capsys):
 
     real = train.run
     monkeypatch.setattr(train, "run", lambda *a: real(*a) if a[1]["support"] != "principal" else (_ for _ in ()).throw(KeyboardInterrupt))
-    assert len(train.main([*SHORT, "--out", str(tmp_path / "b")])) == 2
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SHORT, "--out", str(tmp_path / "b")])
+    assert stop.value.code == 130 and len(train.read_rows(tmp_path / "b/results.jsonl")) == 2
     assert "--resume" in (out := capsys.readouterr().out) and "weights found in" in out
     monkeypatch.setattr(train, "run", real)
     again = train.main(["--resume", str(tmp_path / "b")])
@@ -265,19 +276,22 @@ def test_one_cell_fails_and_the_others_go_on(quick, tmp_path, capsys):
     assert "failed" in out and "at step" in out and "first in" in out
 
 
-def test_a_run_that_meets_nan_leaves_its_last_good_checkpoint(monkeypatch, tmp_path):
+def test_a_run_that_meets_nan_leaves_its_last_good_checkpoint(monkeypatch, tmp_path, capsys):
     def poisoned(args):
-        task, batch, calls = tiny(args), tiny(args).batch, []
+        task, steps = tiny(args), []
 
-        def poison(generator, n):
-            calls.append(n)
-            x, y = batch(generator, n)
-            return (x * math.nan if len(calls) == 2 + 5 else x), y             # 2 calibration batches, then step 5
-        task.batch = poison
+        def loss_fn(model, batch):
+            if model.training:
+                steps.append(0)
+                if len(steps) == 5:                                            # an infinite gradient, in the second layer alone
+                    next(p for n, p in model.named_parameters() if "layers.1" in n and p.requires_grad).register_hook(lambda g: g * math.inf)
+            return tasks.label(model, batch)
+        task.loss_fn = loss_fn
         return task
     monkeypatch.setitem(train.TASKS, "code", poisoned)
     with pytest.raises(SystemExit):
         train.main([*QUICK, "--method", "loft", "--support", "skew", "--rank", "4", "--out", str(tmp_path / "r")])
+    assert "at step 5 (first in layers.1." in capsys.readouterr().out
     left, = (tmp_path / "r").glob("*.checkpoint")
     state = torch.load(left, weights_only=True)
     assert state["step"] == 4
@@ -311,7 +325,9 @@ def test_bad_flags_are_refused_by_name(capsys, tmp_path):
     for argv, word in ((["--rank", "0"], "positive"), (["--rank", "a"], "numbers"), (["--lr", "nan"], "positive"), (["--steps", "-1"], "positive"),
                        (["--method", "lroa"], "lora"), (["--support", "best"], "skew"), (["--task", "x"], "vision"), (["--model", "x"], "--data"),
                        (["--resume", str(tmp_path)], "settings.json"), (["--device", "abc"], "--device"),
-                       (["--batch", "2", "--accumulate", "4"], "--batch 4"), (["--shard", "--method", "full"], "adapters")):
+                       (["--batch", "2", "--accumulate", "4"], "--batch 4"), (["--shard", "--method", "full"], "adapters"),
+                       (["--rank", "4", "--budget", "99"], "give one"), (["--transform", "givens"], "needs --rank"), (["--shard", "--refresh", "5"], "without --refresh"),
+                       (["--dtype", "bfloat16", "--method", "full"], "--autocast")):
         with pytest.raises(SystemExit):
             train.main(argv)
         assert word in capsys.readouterr().err, argv
@@ -359,9 +375,9 @@ def test_two_devices_give_the_result_of_one(shard, tmp_path):
     if shard and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         pytest.skip("ignored_params of fully_shard came with torch 2.7")
     script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport test_train, train\ntrain.TASKS['code'] = test_train.tiny\n"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport test_train, train\ntrain.TASKS['code'] = lambda args: test_train.tiny(args, trainable='')\n"
                       "train.main(sys.argv[1:])\n")
-    grid = [*QUICK, "--method", "loft,lora" if shard else "loft,lora,full", "--support", "skew", "--rank", "4", "--accumulate", "2", "--clip", "1"]
+    grid = [*QUICK, "--method", "loft,lora" if shard else "loft,lora,full", "--support", "skew", "--rank", "4", "--accumulate", "2", "--clip", "1", *([] if shard else ["--refresh", "3"])]
     one = start("", str(script), *grid, "--out", str(tmp_path / "one"))
     two = start("", "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), *grid, *["--shard"] * shard, "--out", str(tmp_path / "two"))
     assert one.returncode == 0 and two.returncode == 0, one.stdout + one.stderr + two.stdout + two.stderr
@@ -532,6 +548,16 @@ def test_your_own_model_and_data(kind, name, form, folder, tmp_path):
     assert len({tuple(transformers.AutoTokenizer.from_pretrained(f)("a b").input_ids) for f in (model, merged)}) == 1
 
 
+def test_no_text_is_both_trained_and_measured_on(folder, tmp_path):
+    """Texts longer than a row: split before they are cut."""
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": chr(65 + i) * 100}) for i in range(20)))
+    task = own.own(argparse.Namespace(model=str(folder("gpt2")), data=tmp_path / "d.jsonl", val=None, old=None, context=32))
+    letters = lambda batches: {int(row[0]) for b in batches for row in b[0]}
+    trained = letters([task.batch(torch.Generator().manual_seed(0), 500)])
+    tune, val = letters(task.splits["tune"]), letters(task.splits["val"])
+    assert (len(trained), len(tune), len(val)) == (16, 2, 2) and len(trained | tune | val) == 20
+
+
 def test_your_own_images(folder, tmp_path):
     model = folder("vit")
     torch.save({"x": torch.randn(40, 3, 16, 16), "y": torch.arange(40) % 3}, tmp_path / "d.pt")
@@ -580,7 +606,7 @@ def test_data_that_cannot_be_used_gets_one_clear_line(folder, tmp_path):
     data(tmp_path / "good.jsonl", "label")
     (tmp_path / "val.jsonl").write_text('{"text": "x", "label": "odd"}')
     refused("good.jsonl", None, "--val", str(tmp_path / "val.jsonl"), match="label 'odd'")
-    refused("one.csv", "text,label\na,x\nb,x\n", match="one label only, 'x'")
+    refused("one.csv", "text,label\na,x\nb,x\nc,x\nd,x\n", match="one class only")
     (tmp_path / "lm.jsonl").write_text('{"text": "x"}')
     refused("good.jsonl", None, "--val", str(tmp_path / "lm.jsonl"), match="alike")
     with pytest.raises(SystemExit, match="cannot load"):

@@ -77,7 +77,10 @@ def read_rows(path: Path, mend: bool = False) -> list[dict]:
     whole = text[:text.rfind("\n") + 1]
     if mend and whole != text:
         write(path, whole.encode())
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as e:
+        raise SystemExit(f"{path} is damaged: {e}")
 
 
 def rank() -> int:
@@ -155,8 +158,10 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
         torch.set_rng_state(state["rng"][rank()])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"][rank()])
+        if len(state["rng"]) != world():
+            raise SystemExit(f"the checkpoint is of {len(state['rng'])} devices, not {world()}: start as many")
     progress = Progress(name, steps, state["step"])
-    model.train()
+    to_train(model)
     for step in range(state["step"] + 1, steps + 1):
         began = time.perf_counter()
         batch, n = task.batch(generator, args.batch or task.size), args.accumulate * world()
@@ -174,26 +179,29 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
             for p in parameters if args.shard else ():
                 dist.all_reduce(p.grad)
                 p.grad /= world()
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         value = value.item()
         if not (math.isfinite(value) and norm.isfinite()):
             first = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None) or next(
                 (n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), "the loss alone")
             raise FloatingPointError(f"{name.strip()}: the loss is {value}, the gradient's norm {norm:g} at step {step} (first in {first}); "
                                      "lower --lr, or set --clip")
+        if args.clip:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         state["ms"].append((time.perf_counter() - began) * 1e3)
         progress(step, value)
         if refresh and args.refresh and step % args.refresh == 0 and step < steps:
-            refresh(model, optimizer)
-            parameters = [p for p in model.parameters() if p.requires_grad]
+            refresh(model, optimizer, step)
+            parameters = [p for p in model.parameters() if p.requires_grad]    # new ones, which DDP has to learn of
+            trained = wrap(model, args, everything)
         state["step"] = step
         if evaluate and (step % args.eval_every == 0 or step == steps):
             model.eval()
             state["curve"].append((step, tuned := evaluate(model, step, value, schedule.get_last_lr()[0])))
-            model.train()
+            to_train(model)
             if args.patience and (state["best"] is None or tuned < state["best"][0]):
                 state["best"] = (tuned, step, weights(model))
             if args.patience and len([1 for s, _ in state["curve"] if s > state["best"][1]]) >= args.patience:
@@ -209,12 +217,21 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
     return state
 
 
+def to_train(model: nn.Module) -> None:
+    """model.train(), but the statistics of frozen batch norms stay as frozen as their weights."""
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in m.parameters()):
+            m.eval()
+
+
 def weights(model: nn.Module) -> dict:
-    """What training changes: the adapter with whatever else trains, as the bytes of its file, or every trainable weight."""
+    """What training changes: the adapter with whatever else trains, as the bytes of its file, or every trainable weight and buffer."""
     if loft.layers(model):
         loft.save(model, buffer := io.BytesIO())
         return {"adapter": buffer.getvalue()}
-    return {"weights": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}}
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    return {"weights": {n: t.clone() for n, t in model.state_dict().items() if n not in frozen}}
 
 
 def restore(model: nn.Module, saved: dict) -> None:
@@ -222,8 +239,9 @@ def restore(model: nn.Module, saved: dict) -> None:
     if "adapter" in saved:
         loft.load(model, io.BytesIO(saved["adapter"]))
     with torch.no_grad():
+        own = model.state_dict()
         for n, value in saved.get("weights", {}).items():
-            model.get_parameter(n).copy_(value)
+            own[n].copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -275,17 +293,24 @@ def plain() -> argparse.Namespace:
 
 
 def sizes(method: str, shapes: list[tuple[int, int]], budget: int) -> int | None:
-    """The largest rank (block of oft and boft, reflections of hra) with which `method` trains at most `budget` parameters."""
-    stages = loft.METHODS["boft"].get("stages", 2)
+    """The largest rank (block of oft and boft, reflections of hra) with which `method` trains at most `budget` parameters.
+
+    shapes: (rotated dimension d, the other one) of every layer. ValueError where even the smallest takes more.
+    """
     count = {"loft": lambda d, n, r: min(r, d) * (min(r, d) - 1) // 2, "psoft": lambda d, n, r: min(r, d) * (min(r, d) + 3) // 2,
              "lora": lambda d, n, r: r * (d + n), "hra": lambda d, n, k: k * d,
-             "oft": lambda d, n, b: d * (b - 1) // 2, "boft": lambda d, n, b: stages * d * (b - 1) // 2}
+             "oft": lambda d, n, b: d * (b - 1) // 2, "boft": lambda d, n, b: 2 * d * (b - 1) // 2}
     if method not in count:
         return None                                                            # goft, full and frozen have no size
-    powers = [2 ** i for i in range(1, 13) if all(d % 2 ** i == 0 for d, _ in shapes)]
-    candidates = powers if method in ("oft", "boft") else range(2, 4096, 2 if method == "hra" else 1) if method != "lora" else range(1, 4096)
+    divisor = math.gcd(*(d for d, _ in shapes))
+    candidates = {"oft": [b for b in range(2, divisor + 1) if divisor % b == 0], "hra": range(2, 4096, 2), "lora": range(1, 4096),
+                  "boft": [b for b in range(2, divisor + 1, 2) if divisor % (2 * b) == 0]}.get(method, range(2, 4096))   # two stages
     total = lambda size: sum(count[method](d, n, size) for d, n in shapes)
-    return max((s for s in candidates if total(s) <= budget), key=lambda s: (total(s), -s), default=candidates[0])
+    good = [s for s in candidates if total(s) <= budget]
+    if not good:
+        least = f"its least is {total(candidates[0]):,}" if candidates else f"no block divides all dimensions (their greatest divisor is {divisor})"
+        raise ValueError(f"{method} has no size of at most {budget:,} parameters: {least}; give --budget or --rank, or leave it out")
+    return min(good, key=lambda s: (-total(s), s))
 
 
 def targets(task: Task, args) -> dict[str, nn.Module]:
@@ -316,14 +341,15 @@ def stem(cell: dict) -> str:
     return "-".join(str(v) for v in (cell["task"], cell["method"], cell["support"], size, lr, f"seed{cell['seed']}") if v)
 
 
-def choose(model: nn.Module, task: Task, cell: dict, calibration: list, args) -> dict[str, torch.Tensor]:
+def choose(model: nn.Module, task: Task, cell: dict, calibration: list, args, step: int = 0) -> dict[str, torch.Tensor]:
     """The cell's supports for a fresh model, or new ones, at the same ranks, for an adapted one."""
     support, side = cell["support"], cell["side"] if cell["method"] == "loft" else "input"
     adapted = {n: layer.rotation.r for n, layer in loft.layers(model)}
     ranks = adapted or {n: min(cell["size"], loft._shape(m)[loft.SIDES.index(side)]) for n, m in targets(task, args).items()}
-    more = dict(targets=lambda n, m: n in ranks, side=side, seed=cell["seed"])
+    more = dict(targets=lambda n, m: n in ranks, side=side, seed=cell["seed"] + step)
     if support == "allocated" and not adapted:
-        return selectors.within(model, calibration, task.loss_fn, sum(r * (r - 1) // 2 for r in ranks.values()), **more)
+        return selectors.within(model, calibration, task.loss_fn, sum(r * (r - 1) // 2 for r in ranks.values()),
+                                max_rank=max(64, 2 * max(ranks.values())), **more)
     return selectors.select(model, calibration, task.loss_fn, ranks, "skew" if support == "allocated" else support, **more)
 
 
@@ -341,7 +367,7 @@ def adapt(model: nn.Module, task: Task, cell: dict, calibration: list, args) -> 
         cost = dict(select_s=round(time.perf_counter() - began, 3), select_mib=round(peak(args.device) - low, 1))
         worth = selectors.scores(model, calibration, task.loss_fn, support, side=more.get("side", "input"))
         cost["score"] = math.hypot(*worth.values()) / args.calibration
-    found = targets(task, args)
+    found = support if isinstance(support, dict) else targets(task, args)      # a support may leave layers out
     loft.adapt(model, lambda n, m: n in found, method=method, support=support, seed=cell["seed"], backend=args.backend,
                trainable=task.trainable or (), **more)
     return cost
@@ -358,6 +384,10 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     generator = torch.Generator().manual_seed(1000 + seed)
     draws = [task.batch(generator, args.batch or task.size) for _ in range(args.calibration)]
     calibration = [to(batch, next(model.parameters()).device) for batch in draws[rank()::world()]]
+    if state:                                                                  # what came after the checkpoint comes again
+        lines = read_rows(args.out / "metrics.jsonl")
+        kept = [line for line in lines if line["cell"] != stem(cell) or line["step"] <= state["step"]]
+        write(args.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     cost = state["cost"] if state else dict(score=None, select_s=0.0, select_mib=0.0)
     if state and "adapter" in state["weights"]:
         restore(model, state["weights"])
@@ -380,7 +410,7 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     if cell["lr"]:
         state = fit(task, model, args.steps, cell["lr"], seed, args, line, state=state, evaluate=evaluate, everything=method == "full",
                     keep=lambda s: write(checkpoint, dump(s | dict(cost=cost))), refresh=cost["score"] is not None and (
-                        lambda model, optimizer: loft.refresh(model, choose(model, task, cell, calibration, args), optimizer)))
+                        lambda model, optimizer, step: loft.refresh(model, choose(model, task, cell, calibration, args, step), optimizer)))
     else:
         state = dict(step=0, curve=[], ms=[0.0])
     row = cell | cost | dict(
@@ -461,7 +491,7 @@ def parser() -> argparse.ArgumentParser:
     add("--side", choices=loft.SIDES, default="input", help="of loft")
     add("--targets", help="regex of the layers to adapt (default: all linear ones but heads)")
     add("--calibration", type=positive, default=8, help="batches that a support is chosen from (default 8)")
-    add("--refresh", type=positive, help="every so many steps, keep the rotation and choose a new support at the new point")
+    add("--refresh", type=positive, help="of loft and psoft: every so many steps, keep the rotation and choose a new support at the new point")
     add("--backend", choices=("eager", "fused"), default="fused", help="loft.py's own lines, or their fast twins in kernels.py (default)")
     add = loop.add_argument
     add("--lr", type=several(float), help="several: tried on the first seed, and the best on the tune split goes on "
@@ -477,7 +507,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eval-batches", type=positive, default=2, help="of the tune split, in an evaluation (default 2)")
     add("--seed", type=int, default=0, help="the first seed: data order, calibration, random supports, dropout")
     add("--seeds", type=positive, help="how many seeds, --seed and up (default 1)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: as they come)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the model, a new head too; adapters stay in float32 (default: as it comes)")
     add("--autocast", action="store_true", help="compute in bfloat16 where it is safe")
     add("--checkpointing", action="store_true", help="activations are computed again in backward, not kept")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -517,12 +547,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         p.error("--model and --data go together, without --task")
     if args.shard and "full" in (args.method or ()):
         p.error("--shard is for adapters: it shards what is frozen, and --method full freezes nothing")
+    if args.rank and args.budget:
+        p.error("--rank and --budget both set the size; give one")
+    if args.transform not in (None, "cayley", "cayley_neumann", "expm") and not args.rank:
+        p.error(f"--transform {args.transform} needs --rank: a budget is counted for cayley, cayley_neumann and expm, r(r-1)/2")
+    if args.dtype == "bfloat16" and "full" in (args.method or ()):
+        p.error("--dtype bfloat16 rounds the weights that full fine-tuning trains; take --autocast")
+    if args.shard and args.refresh:
+        p.error("--shard goes without --refresh: a support is chosen from whole weights")
     if args.shard and args.export:
         p.error("--export puts the weights together that --shard takes apart; load the adapter on one device and merge there")
     compare = args.compare
     args.task = ["own"] if args.model else args.task or {"supports": ["code", "understanding"], "methods": list(TASKS)}.get(compare, ["code"])
     args.method = args.method or {"supports": ["frozen", "loft"], "methods": ["frozen", "loft", "psoft", "oft", "hra", "lora", "full"]}.get(compare) or [
-        m for m in ("frozen", "loft", "psoft", "oft", "lora", "full") if not (args.shard and m == "full")]
+        m for m in ("frozen", "loft", "psoft", "oft", "lora", "full") if not (m == "full" and (args.shard or args.dtype == "bfloat16"))]
     args.support = args.support or {"supports": list(SUPPORTS), "methods": ["principal", "skew"]}.get(
         compare, ["random", "principal", "gradient", "skew"])
     args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
@@ -556,13 +594,19 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
     before = dict(val=task.bits(model, "val"), kept=task.kept(model), measures=measures(task, model))
     print(f"2. {name}: {before['val']:.3f} bits on the new domain" + (f", {before['kept']:.3f} on the old" if before["kept"] else "") + ", before adaptation")
     shapes = [loft._shape(m) for m in frozen.values()]
+    turned = [(d, n) if args.side == "input" else (n, d) for d, n in shapes]   # loft's rotated dimension first
     budgets = args.budget or [sum(map(sum, shapes))]
     settings = {k: str(v) if isinstance(v, (Path, torch.dtype)) else v for k, v in vars(args).items() if k not in NOT_OF_A_CELL}
     plan = []
     for method in args.method:
         supports = args.support if method == "loft" else [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]]
-        wanted = [None] if method in ("frozen", "full", "goft") else args.rank if args.rank and method not in ("oft", "boft") else [
-            None] if args.rank else [sizes(method, shapes, b) for b in budgets]
+        try:
+            wanted = [None] if method in ("frozen", "full", "goft") else args.rank if args.rank and method not in ("oft", "boft") else [
+                None] if args.rank else [sizes(method, turned if method == "loft" else shapes, b) for b in budgets]
+        except ValueError as e:
+            failed.append(str(e))
+            print(f"\n{e}")
+            continue
         plan += [dict(task=name, method=method, support=s, size=z) for s, z in itertools.product(supports, dict.fromkeys(wanted))]
 
     for i, base in enumerate(plan, 1):
@@ -578,7 +622,9 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
             if row is None:
                 try:
                     row = run(task, cell, before, args, line)
-                except Exception as e:                                         # the other cells go on
+                except Exception as e:                                         # the other cells go on, unless devices would part
+                    if world() > 1:
+                        raise
                     failed.append(f"{line.strip()}: {type(e).__name__}: {e}")
                     return print(f"\n{failed[-1]}")
                 rows.append(row)
@@ -611,7 +657,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     try:
         for name in args.task:
             train(args, name, rows, failed)
+        stopped = False
     except KeyboardInterrupt:
+        stopped = True
         print(f"\ninterrupted: python train.py --resume {args.out} goes on" + ("; what is finished:" if rows else ""))
     if rows:
         text = show(rows, args.compare == "supports")
@@ -621,8 +669,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print("".join(f"\nfailed: {line}" for line in failed) + f"\nwritten to {args.out}/")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if failed:
-        raise SystemExit(1)
+    if failed or stopped:
+        raise SystemExit(130 if stopped else 1)
     return rows
 
 
