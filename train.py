@@ -1,6 +1,6 @@
 """Adapt a pretrained network with LOFT, and with its peers beside it, offline, in minutes.
 
-    pip install torch && python train.py                       # prose → code, about 3 minutes on 2 CPU cores
+    pip install torch && python train.py                       # prose → code, 3 to 5 minutes on 2 CPU cores
     python train.py --task vision                              # or understanding, math, multilingual: see tasks.py
     python train.py --support skew,principal --rank 8,32 --seeds 3 --lr 1e-3,3e-3 --out runs/grid      # a sweep
     python train.py --resume runs/grid                         # goes on where it was stopped, bit for bit
