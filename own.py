@@ -11,14 +11,14 @@ from __future__ import annotations
 import csv
 import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tasks import Batch, Task, classification, rows
+from tasks import Batch, Task, chunks, classification, label, predicted, rows
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -104,15 +104,6 @@ def image_logits(model: nn.Module, images: Tensor) -> Tensor:
     return model(pixel_values=images.to(dtype)).logits
 
 
-def loss_of(logits: Callable[..., Tensor]) -> Callable[[nn.Module, Batch], Tensor]:
-    """Mean cross-entropy of logits(model, inputs …) on batches of (inputs …, classes)."""
-    return lambda model, batch: F.cross_entropy(logits(model, *batch[:-1]).float(), batch[-1])
-
-
-def eights(batch: Batch) -> list[Batch]:
-    return list(zip(*(t.split(8) for t in batch)))
-
-
 def split(n: int, val: bool, path, shuffle: bool = True) -> tuple[list[int], list[int], list[int]]:
     """Which of n examples train, tune and measure: a tenth each for the last two, none to measure if `val` is there for it."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist() if shuffle else list(range(n))   # a text: its end
@@ -163,13 +154,13 @@ def own(args) -> Task:
         if val is not None and int(val[-1].max()) > int(data[-1].max()):
             raise SystemExit(f"{args.val} has the class {int(val[-1].max())}, which {args.data} has not")
         take = lambda rows: tuple(t[rows] for t in data)
-        return take(train), {"tune": eights(take(tune)), "val": eights(take(held) if val is None else val)}
+        return take(train), {"tune": chunks(*take(tune), size=8), "val": chunks(*(take(held) if val is None else val), size=8)}
 
     if args.data.suffix == ".pt":
         data, val = images(args.data), images(args.val) if args.val else None
         model, head = classifier("AutoModelForImageClassification", int(data[1].max()) + 1)
         train, splits = parts(data, val)
-        return Task("own", model, rows(*train), loss_of(image_logits), splits, trainable=head, probe=100, size=8,
+        return Task("own", model, rows(*train), partial(label, call=image_logits), splits, trainable=head, probe=100, size=8,
                     measure=lambda m: classification(m, splits["val"], image_logits), export=lambda m, path: m.save_pretrained(path))
 
     examples, held_out = read(args.data), read(args.val) if args.val else None
@@ -198,7 +189,7 @@ def own(args) -> Task:
             got = tokenizer([e["text"] for e in examples], truncation=True, max_length=context, padding=True, return_tensors="pt")
             return got.input_ids, got.attention_mask, torch.tensor([labels.index(e["label"]) for e in examples])
         train, splits = parts(tensors(examples), tensors(held_out) if held_out else None)
-        return Task("own", model, rows(*train), loss_of(text_logits), splits, trainable=head, probe=100, size=8,
+        return Task("own", model, rows(*train), partial(label, call=text_logits), splits, trainable=head, probe=100, size=8,
                     measure=lambda m: classification(m, splits["val"], text_logits), export=export)
 
     model, end = pretrained("AutoModelForCausalLM"), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -220,7 +211,7 @@ def own(args) -> Task:
     packed = {name: pack(part, context) for name, part in (("train", train), ("tune", tune), ("val", val))}   # split first: no text is in two
     if empty := [name for name, part in packed.items() if not len(part[0])]:
         raise SystemExit(f"{args.data} leaves nothing to predict for {empty[0]}: give more examples, or a larger --context")
-    count = lambda batch: max(1, int((batch[1][:, 1:] != -100).sum()))
-    old = args.old and Task("old", model, None, packed_loss, {"val": eights(pack([coded(e) for e in read(args.old)], context))}, count=count)
-    return Task("own", model, rows(*packed["train"]), packed_loss, {name: eights(packed[name]) for name in ("tune", "val")}, old, size=8,
-                export=export, count=count)
+    splits = {name: chunks(*packed[name], size=8) for name in ("tune", "val")}
+    old = args.old and Task("old", model, None, packed_loss, {"val": chunks(*pack([coded(e) for e in read(args.old)], context), size=8)},
+                            count=predicted)
+    return Task("own", model, rows(*packed["train"]), packed_loss, splits, old, size=8, export=export, count=predicted)

@@ -61,6 +61,10 @@ class Task:
         losses = [self.loss_fn(model, to(b, device)).item() * n for b, n in zip(batches, counts)]
         return sum(losses) / sum(counts) / math.log(2)
 
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of that name trains beside the adapter."""
+        return bool(self.trainable and re.search(self.trainable, name))
+
     def kept(self, model: nn.Module) -> float | None:
         return self.old and self.old.bits(model.get_submodule(self.body), "val")
 
@@ -148,9 +152,9 @@ def next_byte(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0][:, :-1]).flatten(0, 1).float(), batch[0][:, 1:].flatten())
 
 
-def label(model: nn.Module, batch: Batch) -> Tensor:
-    """batch: inputs (n, …), classes (n,)."""
-    return F.cross_entropy(model(batch[0]).float(), batch[1])
+def label(model: nn.Module, batch: Batch, call=lambda model, x: model(x)) -> Tensor:
+    """Of call(model, inputs …) → logits, on a batch of (inputs (n, …) …, classes (n,))."""
+    return F.cross_entropy(call(model, *batch[:-1]).float(), batch[-1])
 
 
 @torch.no_grad()
@@ -164,8 +168,8 @@ def classification(model: nn.Module, batches: list[Batch], call=lambda model, x:
     return {"accuracy": (predicted == y).float().mean().item(), "macro_f1": statistics.fmean(f1)}
 
 
-def chunks(*tensors: Tensor) -> list[Batch]:
-    return list(zip(*(t.split(64) for t in tensors)))
+def chunks(*tensors: Tensor, size: int = 64) -> list[Batch]:
+    return list(zip(*(t.split(size) for t in tensors)))
 
 
 def rows(*tensors: Tensor, weight: Tensor | None = None) -> Callable[[torch.Generator, int], Batch]:
@@ -334,8 +338,12 @@ def math_(args) -> Task:
         return {"exact_match": right / asked}
 
     splits = {"tune": chunks(tokens[:256], targets[:256]), "val": chunks(tokens[256:768], targets[256:768])}
-    return Task("math", old.model, rows(tokens[768:], targets[768:]), next_token, splits, old, measure=measure, size=32,
-                count=lambda b: int((b[1][:, 1:] != -100).sum()))
+    return Task("math", old.model, rows(tokens[768:], targets[768:]), next_token, splits, old, measure=measure, size=32, count=predicted)
+
+
+def predicted(batch: Batch) -> int:
+    """How many tokens of `next_token`'s batch are predicted, 1 at least."""
+    return max(1, int((batch[1][:, 1:] != -100).sum()))
 
 
 def next_token(model: nn.Module, batch: Batch) -> Tensor:

@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ import torch.distributed as dist
 from torch import nn
 
 import loft
+import tasks
 from loft import kernels, selectors
 from own import own
 from report import plot, show
@@ -152,14 +152,14 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
     torch.manual_seed(seed * 1000 + rank())                                    # dropout
     state = state or dict(step=0, curve=[], ms=[], best=None)
     if state["step"]:
+        if len(state["rng"]) != world():
+            raise SystemExit(f"the checkpoint is of {len(state['rng'])} devices, not {world()}: start as many")
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"][rank()])
         if device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"][rank()])
-        if len(state["rng"]) != world():
-            raise SystemExit(f"the checkpoint is of {len(state['rng'])} devices, not {world()}: start as many")
     progress = Progress(name, steps, state["step"])
     to_train(model)
     for step in range(state["step"] + 1, steps + 1):
@@ -204,7 +204,7 @@ def fit(task: Task, model: nn.Module, steps: int, lr: float, seed: int, args, na
             to_train(model)
             if args.patience and (state["best"] is None or tuned < state["best"][0]):
                 state["best"] = (tuned, step, weights(model))
-            if args.patience and len([1 for s, _ in state["curve"] if s > state["best"][1]]) >= args.patience:
+            if args.patience and sum(s > state["best"][1] for s, _ in state["curve"]) >= args.patience:
                 print(f"{name}  stopped early at step {step}: the best was step {state['best'][1]}")
                 break
         if keep and (step % args.save_every == 0 and step < steps):
@@ -253,7 +253,7 @@ def ready(task: Task, args) -> Task:
     old = task.old
     if old and old.batch:
         steps = args.pretrain_steps or old.steps
-        recipe = hashlib.sha256(f"{old.model}{steps}{sys.version_info[:2]}{Path(sys.modules[Task.__module__].__file__).read_text()}".encode())
+        recipe = hashlib.sha256(f"{old.model}{steps}{sys.version_info[:2]}{Path(tasks.__file__).read_text()}".encode())
         cache = args.out.parent / f"pretrained-{old.name}-{recipe.hexdigest()[:12]}.pt"
         old.model.to(args.device)
         if cache.exists():
@@ -271,7 +271,7 @@ def ready(task: Task, args) -> Task:
     task.model.to("cpu" if args.shard else args.device).requires_grad_(False).eval()   # shards go to the devices one by one
     if task.probe and task.trainable:
         for n, p in task.model.named_parameters():
-            p.requires_grad_(re.search(task.trainable, n) is not None)
+            p.requires_grad_(task.trains(n))
         fit(task, task.model, args.probe_steps or task.probe, 1e-2, 0, plain(), "linear probe")
     task.model.requires_grad_(False)
     if args.dtype:
@@ -316,7 +316,7 @@ def sizes(method: str, shapes: list[tuple[int, int]], budget: int) -> int | None
 def targets(task: Task, args) -> dict[str, nn.Module]:
     """The layers to adapt: --targets, or every linear one but heads."""
     found = loft.target_layers(task.model, args.targets)
-    head = lambda n, m: task.trainable and any(re.search(task.trainable, f"{n}.{k}") for k, _ in m.named_parameters())
+    head = lambda n, m: any(task.trains(f"{n}.{k}") for k, _ in m.named_parameters())
     return {n: m for n, m in found.items() if args.targets or not head(n, m)}
 
 
@@ -353,9 +353,12 @@ def choose(model: nn.Module, task: Task, cell: dict, calibration: list, args, st
     return selectors.select(model, calibration, task.loss_fn, ranks, "skew" if support == "allocated" else support, **more)
 
 
+NOTHING_CHOSEN = dict(score=None, select_s=0.0, select_mib=0.0)
+
+
 def adapt(model: nn.Module, task: Task, cell: dict, calibration: list, args) -> dict:
     """Puts the cell's adapter on the model. Returns what choosing its support cost, and what the choice is worth."""
-    method, support, size, cost = cell["method"], cell["support"], cell["size"], dict(score=None, select_s=0.0, select_mib=0.0)
+    method, support, size, cost = cell["method"], cell["support"], cell["size"], NOTHING_CHOSEN
     more = dict(transform=cell["transform"], side=cell["side"]) if method == "loft" else {}
     if method in ("oft", "boft") and size:
         more["block_size"] = size
@@ -378,7 +381,7 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     gc.collect()                                                               # the last cell's model goes before memory is measured
     method, seed, checkpoint = cell["method"], cell["seed"], args.out / f"{stem(cell)}.checkpoint"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
-    trains = lambda n: method == "full" or bool(task.trainable and re.search(task.trainable, n))
+    trains = lambda n: method == "full" or task.trains(n)
     shared = {id(p): p for n, p in task.model.named_parameters() if not trains(n) and not args.shard}  # what is frozen is not copied
     model = copy.deepcopy(task.model, shared)
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -388,7 +391,7 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
         lines = read_rows(args.out / "metrics.jsonl")
         kept = [line for line in lines if line["cell"] != stem(cell) or line["step"] <= state["step"]]
         write(args.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
-    cost = state["cost"] if state else dict(score=None, select_s=0.0, select_mib=0.0)
+    cost = state["cost"] if state else NOTHING_CHOSEN
     if state and "adapter" in state["weights"]:
         restore(model, state["weights"])
         kernels.fuse(model) if args.backend == "fused" else None
@@ -421,7 +424,8 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     if loft.layers(model):
         if method != "lora":
             row["orthogonality_error"] = max(loft.orthogonality_error(model).values())
-        write(args.out / f"{stem(cell)}.pt", weights(model)["adapter"])
+        if rank() == 0:
+            loft.save(model, args.out / f"{stem(cell)}.pt")
     if args.export and rank() == 0:
         folder = args.out / f"{stem(cell)}-merged"
         folder.mkdir(exist_ok=True)
@@ -590,10 +594,10 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
     """Every cell of one task; of several learning rates, the best on the first seed goes on to the others."""
     torch.manual_seed(0)
     task = ready(own(args) if name == "own" else TASKS[name](args), args)
-    model, frozen = task.model, targets(task, args)
+    model = task.model
     before = dict(val=task.bits(model, "val"), kept=task.kept(model), measures=measures(task, model))
     print(f"2. {name}: {before['val']:.3f} bits on the new domain" + (f", {before['kept']:.3f} on the old" if before["kept"] else "") + ", before adaptation")
-    shapes = [loft._shape(m) for m in frozen.values()]
+    shapes = [loft._shape(m) for m in targets(task, args).values()]
     turned = [(d, n) if args.side == "input" else (n, d) for d, n in shapes]   # loft's rotated dimension first
     budgets = args.budget or [sum(map(sum, shapes))]
     settings = {k: str(v) if isinstance(v, (Path, torch.dtype)) else v for k, v in vars(args).items() if k not in NOT_OF_A_CELL}
