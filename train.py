@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn                                                    # before there is a group: its functions would keep that alive as a default
 from torch import nn
 
 import loft
@@ -672,7 +673,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print(plot(rows, args.out / "plot.png") if args.plot and rank() == 0 else "", end="")
     print("".join(f"\nfailed: {line}" for line in failed) + f"\nwritten to {args.out}/")
     if dist.is_initialized():
+        gc.collect()                                                           # frees what holds the group: its threads must end before the interpreter
         dist.destroy_process_group()
+        if args.shard:                                                         # DTensor's caches hold it for ever, and a thread of it may abort the end
+            sys.stdout.flush()
+            os._exit(130 if stopped else bool(failed))
     if failed or stopped:
         raise SystemExit(130 if stopped else 1)
     return rows
