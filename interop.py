@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Callable
@@ -30,9 +31,18 @@ def read_peft(source, model: nn.Module | None) -> tuple[dict[str, nn.Module], di
     supports = {}
     if isinstance(source, nn.Module):
         from peft import get_peft_model_state_dict
+        if not hasattr(source, "peft_config"):
+            raise ValueError(f"a {type(source).__name__} is not a PeftModel; of a folder that peft wrote: from_peft(folder, base_model)")
+        if merged := [n for n, m in source.named_modules() if getattr(m, "merged_adapters", None)]:
+            raise ValueError(f"layer {merged[0].removeprefix('base_model.model.')!r} has its adapter merged: source.unmerge_adapter() first")
         if len(source.peft_config) > 1:
             raise ValueError(f"the peft model has several adapters: {', '.join(source.peft_config)}; delete all but one")
         [(adapter, config)] = source.peft_config.items()
+        for n, m in source.named_modules():
+            if adapter in getattr(m, "scaling", ()) and "LORA" in str(config.peft_type):
+                r = m.r[adapter] ** (0.5 if config.use_rslora else 1)
+                if abs(m.scaling[adapter] * r - m.lora_alpha[adapter]) > 1e-6 * m.lora_alpha[adapter]:
+                    raise ValueError(f"layer {n.removeprefix('base_model.model.')!r} is scaled by hand: unscale_layer() first")
         config, tensors = config.to_dict(), {k: v.clone() for k, v in get_peft_model_state_dict(source).items()}
         supports = {n.removeprefix("base_model.model."): m._psoft_A_cache[adapter].mT.clone()
                     for n, m in source.named_modules() if hasattr(m, "_psoft_A_cache")}
@@ -101,7 +111,8 @@ def write_peft(payload: dict, weights: dict[str, Tensor], path) -> None:
     if len(configs) > 1:
         raise ValueError("peft has one setting for all layers; here they differ: "
                          + "; ".join(f"{names[0]!r} has {c}" for c, names in configs.items()))
-    config = json.loads(next(iter(configs))) | {"target_modules": sorted(payload["layers"]), "inference_mode": True}
+    config = json.loads(next(iter(configs))) | {
+        "target_modules": "|".join(map(re.escape, sorted(payload["layers"]))), "inference_mode": True}   # these alone: a list means suffixes
     save_file = _safetensors().save_file
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +132,7 @@ def _read_oft(parts, config, layer, _):
     neumann = config.get("use_cayley_neumann", True)
     options = dict(block_size=b, map="cayley_neumann" if neumann else "cayley", share=bool(config.get("block_share")))
     if neumann:
-        options["terms"] = config.get("num_cayley_neumann_terms", 5)
+        options["terms"] = _terms(config)
     if config.get("coft"):                                                    # peft: ‖Q‖_F ≤ ε/√blocks, projected in place
         options["bound"] = config.get("eps", 6e-5) / q.shape[0] ** 0.5
     return (dict(d=layer.in_features, transform="block", scale=False, **options),
@@ -150,8 +161,7 @@ def _read_psoft(parts, config, layer, P):
         gauge = {"rotation.gauge": (layer.weight.float() @ P).norm(dim=0).sqrt()}
     options = dict(transform="cayley", scale="psoft_R.vector_a" in parts)
     if config.get("use_cayley_neumann"):
-        options |= dict(transform="cayley_neumann", terms=config.get("num_cayley_neumann_terms", 5),
-                        bound=config.get("cayley_neumann_eps"))
+        options |= dict(transform="cayley_neumann", terms=_terms(config), bound=config.get("cayley_neumann_eps"))
     state = {"rotation.P": P, "rotation.transform.generator": parts["psoft_R.weight"][None, None], **gauge}
     if ("psoft_R.vector_a" in parts) != ("psoft_R.vector_b" in parts):
         one = parts.get("psoft_R.vector_a", parts.get("psoft_R.vector_b"))
@@ -173,6 +183,8 @@ def _write_layer(spec: dict, W: Tensor) -> tuple[dict, dict[str, Tensor]]:
     """peft's config and tensors of one layer."""
     config, state = spec["config"], spec["state"]
     name, P, magnitude = config["transform"], state.get("rotation.P"), state.get("magnitude")
+    if config.get("terms") == 3 and "cayley_neumann" in (name, config.get("map")):
+        raise ValueError("peft has no Cayley–Neumann series of 3 terms: its 3 means 4")
     if any(k.startswith("past.") for k in state):
         raise ValueError("it was refreshed, and a product of rotations has no place in peft's file")
     if spec["side"] != "input":
@@ -243,6 +255,11 @@ PARTS = ("oft_R", "boft_R", "boft_s", "hra_u", "psoft_R", "lora_A", "lora_B")
 UNSUPPORTED = {"bias": "none", "modules_to_save": None, "fan_in_fan_out": False}   # {option: its harmless value}
 REFUSED = {"HRA": {"apply_GS": False}, "PSOFT": {"psoft_orth": True, "psoft_svd": "full"},
            "LORA": {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}}
+
+
+def _terms(config: dict) -> int:
+    """Matrices in peft's Cayley–Neumann series, which closes with one more power than 3 says."""
+    return 4 if config.get("num_cayley_neumann_terms", 5) == 3 else config.get("num_cayley_neumann_terms", 5)
 
 
 def _principal(W: Tensor, r: int) -> Tensor:

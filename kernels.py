@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -285,11 +286,12 @@ class Batch(Function):
 class Group:
     """Layers whose T are built together, and what was last built.
 
-    What is cached belongs to parameters as `_state` sees them; a layer that sees others has all built anew. An edit
-    through `.data` by hand is seen after a backward pass once .grad is None or grad mode is off; else `fuse` again.
+    What is cached belongs to parameters as `_state` sees them; a layer that sees others has all built anew. An edit through
+    `.data` leaves no trace, so on a CPU T's parameters are compared with copies of them; elsewhere, where that would be a
+    sync, T is built anew for every forward pass without gradient. (One of W0 is not seen: call `fuse` again.)
     """
 
-    built = seen = slots = None
+    built = seen = copies = slots = None
     used = with_grad = False
 
     def __init__(self, layers: list[nn.Module], apply, make, names: tuple[str, ...]):
@@ -297,7 +299,7 @@ class Group:
         self.handles, self.thin = [], {}                                      # of fuse; W0 P
 
     def __getstate__(self):                                                   # copies and pickles hold no cache
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("built", "seen", "used", "with_grad", "slots")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("built", "seen", "copies", "used", "with_grad", "slots")}
         return kept | {"thin": {}}
 
     def parameters(self, layer: nn.Module) -> list[Tensor]:
@@ -337,11 +339,14 @@ class Group:
         if self.layers[index] is not layer:                                   # a shallow copy: its parameters are its own
             return Group([layer], self.apply, self.function, self.names).build()[0]
         parameters = self.parameters(layer)
-        if not (self.built is not None and (self.with_grad or not grad)
-                and not (self.used and parameters[0].requires_grad and (not grad or parameters[0].grad is None))
-                and all(_same(p, seen) for p, seen in zip(parameters, self.seen[index]))):
+        stepped = self.used and parameters[0].requires_grad and (not grad or parameters[0].grad is None) and not _in_backward()
+        if not (self.built is not None and (self.with_grad or not grad) and not stepped
+                and all(_same(p, seen) for p, seen in zip(parameters, self.seen[index]))
+                and (self.copies is None or all(map(torch.equal, parameters, self.copies[index])))):
             self.built, self.with_grad, self.used = self.build(), grad, False
-            self.seen = [[_state(p) for p in self.parameters(each)] for each in self.layers]
+            every = [self.parameters(each) for each in self.layers]
+            self.seen = [[_state(p) for p in own] for own in every]
+            self.copies = [[p.detach().clone() for p in own] for own in every] if parameters[0].device.type == "cpu" else None
         return self.built[index]
 
     def constants(self, layer: nn.Module, dtype: torch.dtype, product: bool) -> tuple[Tensor, Tensor | None]:
@@ -366,12 +371,12 @@ class Group:
         if self.apply is in_support:
             product, whole = _form(layer, dtype, x.numel() // x.shape[-1])
             parts += self.constants(layer, dtype, product)
-            z = layer.fused_share.project(x, parts[1]) if layer.fused_share is not None and not is_compiling() else None
+            z = layer.fused_share.project(layer, x, parts[1]) if layer.fused_share is not None and not is_compiling() else None
         if product:                                                           # y = x W0ᵀ + b + z Dᵀ Bᵀ
             D, P, WP = parts
             A, B = (P, WP) if side == "input" else (WP, P)
             rows = x.reshape(-1, x.shape[-1])
-            return RotatedLinear.apply(rows, z, D, base.weight, b, A, B, whole).view(*x.shape[:-1], -1)
+            return RotatedLinear.apply(rows, z, D, base.weight, b, A, B, whole).view(*x.shape[:-1], layer.out_features)
         if side == "input":                                                   # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
             y = self.apply(x.reshape(-1, x.shape[-1]).to(dtype), z, None, *parts).view(x.shape)
             return base(y if past is None else past(y))
@@ -380,7 +385,10 @@ class Group:
         return self.apply(y.reshape(-1, y.shape[-1]), None, b if b is None else b.to(y.dtype), *parts).view(y.shape)
 
     def before(self, module, args):
-        self.slots = self.build() if is_compiling() else None
+        if is_compiling():
+            self.slots = self.build()
+        elif self.copies is None and not torch.is_grad_enabled():
+            self.built = None
 
     def after(self, module, args, output):
         self.slots = None
@@ -410,11 +418,16 @@ register_optimizer_step_post_hook(lambda *_: _steps.append(_steps.pop() + 1))
 def _state(p: Tensor) -> tuple:
     """The tensor, and what changes when it is edited in place, stepped by an optimizer, or given other storage."""
     return (p, None if p.is_inference() else p._version, p.requires_grad, p.requires_grad and _steps[0],
-            isinstance(p, nn.Parameter) and p.data_ptr())
+            StorageWeakRef(p.untyped_storage()), p.data_ptr())                # weak: while it is held, no other storage has its id
 
 
 def _same(p: Tensor, seen: tuple) -> bool:
     return p is seen[0] and not p.is_inference() and _state(p)[1:] == seen[1:]
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs us: a checkpoint's recomputation, to which no optimizer has stepped."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _plan(layer: nn.Module):
@@ -444,9 +457,10 @@ def _adapted(model: nn.Module) -> list[nn.Module]:
 def fuse(model: nn.Module) -> nn.Module:
     """Switches every adapted layer of `model` to the fast path, in place; returns it. Same parameters, same results.
 
-    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA; butterflies
-    of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Second derivatives and torch.func's transforms
-    are for the eager path. Raises ValueError on a model that is not adapted.
+    Call it with the model on its device, before torch.compile. Layers without a fast twin stay as they are: LoRA; Conv2d;
+    blocks and butterflies of more than 256 coordinates; PSOFT's vectors on a tree or on reflections. Second derivatives and
+    torch.func's transforms are for the eager path. Fused layers know of each other: to copy or pickle one alone, `unfuse`
+    first. Raises ValueError on a model that is not adapted.
     """
     unfuse(model)
     groups: dict = {}
@@ -466,34 +480,50 @@ def fuse(model: nn.Module) -> nn.Module:
 def unfuse(model: nn.Module) -> nn.Module:
     """Back to the eager path."""
     for layer in _adapted(model):
-        for handle in () if layer.fused is None else layer.fused.handles:
-            handle.remove()
+        _unhook(layer.fused)
+        _unhook(getattr(layer, "fused_share", None))
         layer.fused = layer.fused_share = None
     return model
 
 
-class Shared:
-    """z = x P of layers that read one input through one support: computed once, kept once, one gradient into x."""
+def _unhook(holder) -> None:
+    for handle in () if holder is None else holder.handles:
+        handle.remove()
 
-    def __init__(self, layers: list[nn.Module]):
-        self.layers, self.z, self.seen, self.left, self.supports, self.agree = layers, None, None, 0, None, False
+
+class Shared:
+    """z = x P of layers that read one input through one support: computed once, kept once, one gradient into x.
+
+    Each layer may take it once; and what is left at either end of the parent's forward is dropped (its graph may be gone).
+    """
+
+    def __init__(self, layers: list[nn.Module], parent: nn.Module):
+        self.layers, self.waiting, self.z, self.seen, self.supports, self.agree = layers, set(), None, None, None, False
+        self.handles = [parent.register_forward_pre_hook(self.drop), parent.register_forward_hook(self.drop)]
+
+    def drop(self, *_) -> None:
+        if not is_compiling():
+            self.waiting, self.z, self.seen = set(), None, None
 
     def __getstate__(self):                                                   # copies and pickles hold no activations
-        return self.__dict__ | dict(z=None, seen=None, left=0, supports=None)
+        return self.__dict__ | dict(waiting=set(), z=None, seen=None, supports=None)
 
-    def project(self, x: Tensor, P: Tensor) -> Tensor | None:
-        """z (n, r), or None where the supports no longer agree: then each layer projects for itself."""
-        now = (x, x._version, torch.is_grad_enabled(), P.dtype)
-        if not (self.left and self.seen[0] is x and self.seen[1:] == now[1:]):
-            supports = [layer.rotation.P for layer in self.layers]
-            if self.supports is None or not all(map(_same, supports, self.supports)):
-                self.agree = all(torch.equal(p, supports[0]) for p in supports)
-                self.supports = [_state(p) for p in supports]
-            if not self.agree:
-                return None
-            self.seen, self.left, self.z = now, len(self.layers), x.reshape(-1, x.shape[-1]).to(P.dtype) @ P
-        z, self.left = self.z, self.left - 1
-        if not self.left:                                                     # the last layer has it: hold nothing
+    def project(self, layer: nn.Module, x: Tensor, P: Tensor) -> Tensor | None:
+        """z (n, r), or None where it cannot be shared (supports that no longer agree): then each layer projects for itself."""
+        if x.is_inference():                                                  # has no version: it may have changed
+            return None
+        supports = [each.rotation.P for each in self.layers]
+        if self.supports is None or not all(map(_same, supports, self.supports)):
+            self.agree, self.waiting = all(torch.equal(p, supports[0]) for p in supports), set()
+            self.supports = [_state(p) for p in supports]
+        if not self.agree:
+            return None
+        now = (x, x._version, x.requires_grad, torch.is_grad_enabled(), P.dtype)
+        if not (layer in self.waiting and self.seen[0] is x and self.seen[1:] == now[1:]):
+            self.seen, self.waiting, self.z = now, set(self.layers), x.reshape(-1, x.shape[-1]).to(P.dtype) @ P
+        z = self.z
+        self.waiting.remove(layer)
+        if not self.waiting:                                                  # the last layer has it: hold nothing
             self.seen = self.z = None
         return z
 
@@ -507,15 +537,16 @@ def share(model: nn.Module, groups) -> nn.Module:
     """
     fused = {m for m in _adapted(model) if m.fused is not None}
     for names in groups:
-        sisters = [[m._modules[n] for n in names] for m in model.modules() if all(n in m._modules for n in names)]
-        sisters = [each for each in sisters if fused.issuperset(each)]
-        if not sisters:
+        families = [(m, [m._modules[n] for n in names]) for m in model.modules() if all(n in m._modules for n in names)]
+        families = [(m, sisters) for m, sisters in families if fused.issuperset(sisters)]
+        if not families:
             raise ValueError(f"no module has fused layers called {', '.join(names)}; names right? kernels.fuse called?")
-        for each in sisters:
-            P = [m.rotation.P for m in each]
-            if any(m.side != "input" or p is None or not torch.equal(p, P[0]) for m, p in zip(each, P)):
+        for parent, sisters in families:
+            P = [m.rotation.P for m in sisters]
+            if any(m.side != "input" or p is None or not torch.equal(p, P[0]) for m, p in zip(sisters, P)):
                 raise ValueError(f"{', '.join(names)} have no common support on the input side; adapt them with one tensor")
-            shared = Shared(each)
-            for m in each:
+            shared = Shared(sisters, parent)
+            for m in sisters:
+                _unhook(m.fused_share)
                 m.fused_share = shared
     return model

@@ -288,7 +288,8 @@ def _transform(name: str, r: int, given: dict) -> tuple[nn.Module, dict]:
     if name == "block" and options["block_size"] is None:                     # 32, or the next smaller that divides r
         options["block_size"] = max(b for b in range(1, 33) if r % b == 0)
     if name == "butterfly" and options["block_size"] is None:
-        options["block_size"] = max((b for b in (2, 4, 6, 8) if r % (b << options["stages"] - 1) == 0), default=8)
+        m = options["stages"] if options["stages"] in range(1, 64) else 1     # any other, `Skew` refuses
+        options["block_size"] = max((b for b in (2, 4, 6, 8) if r % (b << m - 1) == 0), default=8)
     return cls(r, **own, **options), options
 
 
@@ -474,14 +475,14 @@ class LOFTLinear(_Adapter):
         y = self._rotated(input, b) if self.fused is None else self.fused(self, input)   # the same, by kernels.py
         if self.magnitude is None:
             return y
-        return y + (y if b is None else y - b) * (self.magnitude - 1).to(y.dtype)   # s (y − b) + b, exact at s = 1
+        return y + (y if b is None else y - b.to(y.dtype)) * (self.magnitude - 1).to(y.dtype)   # s (y − b) + b, exact at s = 1
 
     def _rotated(self, x: Tensor, b: Tensor | None) -> Tensor:
         for R in self.rotations[::-1] if self.side == "input" else ():        # y = (x Rᵀ R_pastᵀ) W0ᵀ + b
             x = R(x)
         y = self.base(x)
         for R in self.rotations if self.side == "output" else ():             # y = (x W0ᵀ) R_pastᵀ Rᵀ + b
-            y = y + R.delta(y if b is None else y - b)
+            y = y + R.delta(y if b is None else y - b.to(y.dtype))
         return y
 
     def adapter_state(self) -> dict[str, Tensor]:
@@ -516,7 +517,7 @@ Targets = "str | Iterable[str] | Callable[[str, nn.Module], bool] | None"
 
 def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", rank: int | dict[str, int] | None = None,
           support: str | Tensor | dict[str, Tensor] | None = None, transform: str | None = None, side: str = "input",
-          magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: Targets = (), seed: int = 0,
+          magnitude: bool = False, svd: str = "auto", symmetric: bool = False, trainable: str | Iterable[str] = (), seed: int = 0,
           name: str = "default", backend: str = "eager", **options) -> nn.Module:
     """Wraps linear layers of `model` in rotations, in place, and freezes everything else. Outputs do not change.
 
@@ -561,21 +562,20 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
     found = target_layers(model, (lambda n, m: n in support) if chosen else targets)
     if lost := [n for n in support if n not in found] if chosen else []:
         raise ValueError(f"the support names {lost[0]!r}, which is no linear layer of the model{_nearest(lost[0], found)}")
-    keep = _matches([n for n, _ in model.named_parameters()], trainable)
+    parameters = dict(model.named_parameters(remove_duplicate=False))         # a tied weight goes by either name
+    keep = {parameters[n] for n in _matches(list(parameters), trainable)}
+    _require(keep or not trainable, f"trainable={trainable!r} matches no parameter of the model")
 
     wrapped = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)                             # the CPU's alone: torch.manual_seed is for all devices
         for n, base in found.items():
             with _naming(n):
                 P, extra = _resolve_support(n, base, side, support, rank, transform, svd, symmetric)
-                layer = _build(base, name, method, side, P, magnitude, transform, options | extra)
-                r = layer.rotation.r
-                _require(any(p.numel() for p in layer.rotation.parameters()), f"a {r} × {r} {transform!r} has no parameters, so "
-                         "nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
-                wrapped[base] = layer
-    for n, p in model.named_parameters():                                     # from here on nothing can fail
-        p.requires_grad_(n in keep)
+                wrapped[base] = _build(base, name, method, side, P, magnitude, transform, options | extra)
+                _require_parameters(wrapped[base].rotation)
+    for p in model.parameters():                                              # from here on nothing can fail
+        p.requires_grad_(p in keep)
     model = _replace(model, wrapped)
     return model if kernels is None else kernels.fuse(model)
 
@@ -583,6 +583,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
 def _build(base: nn.Module, name: str, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
            dtype: torch.dtype | None = None) -> LOFTLinear:
     """One wrapped layer, in the precision of its weight (float32 at least) and on its device."""
+    _require(_device(base).type != "meta", "it is on the meta device, which keeps no values; give the model its weights first")
     groups = getattr(base, "groups", 1)
     _require(groups == 1, f"a convolution with groups={groups} has no one input side to rotate; leave it out of targets")
     if dtype is None:
@@ -732,12 +733,12 @@ def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str,
 
     `batch` is what the model takes (a tensor, a tuple of arguments or a dict of keywords), or what loss_fn(model, batch)
     takes; without loss_fn the gradient is that of a random linear function of the output. The entry "" speaks of the model
-    as a whole: its output with merged weights against the adapted one. ValueError where no output is a floating tensor.
+    as a whole: its output with merged weights against the adapted one. ValueError where the output holds no floating number.
     """
     def run():
         out = (loss_fn(model, batch) if loss_fn else model(**batch) if isinstance(batch, dict) else
                model(*batch) if isinstance(batch, tuple) else model(batch))
-        return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+        return [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
 
     found, reached = _outermost(model), set()
     with torch.enable_grad(), contextlib.ExitStack() as after:
@@ -747,7 +748,7 @@ def check(model: nn.Module, batch, loss_fn: Callable | None = None) -> dict[str,
             after.enter_context(layer.register_forward_hook(lambda m, *_: reached.add(m)))
         model.eval()
         out, generator = run(), torch.Generator().manual_seed(0)
-        _require(out, "the model's output holds no floating tensor; give a loss_fn(model, batch)")
+        _require(out, "the model's output holds no floating number; give a loss_fn(model, batch)")
         loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in out)
         wrong = {n: problem for n, m in found if (problem := _problem(m, m in reached, loss))}
         if all(m.mergeable for _, m in found):
@@ -798,8 +799,11 @@ def refresh(model: nn.Module, support: dict[str, Tensor], optimizer: torch.optim
                      "not fit here")
             product = _product(*layer.rotations[::1 if layer.side == "input" else -1])
             new[layer] = Rotation(support=P, dtype=old.dtype, **old.config).to(old.device), product
+            _require_parameters(new[layer][0])
     for layer, (rotation, past) in new.items():
         swap = dict(zip(layer.rotation.parameters(), rotation.parameters()))
+        for p, q in swap.items():
+            q.requires_grad_(p.requires_grad)
         for group in optimizer.param_groups if optimizer else ():
             group["params"] = [swap.get(p, p) for p in group["params"]]
         for p in swap if optimizer else ():
@@ -838,7 +842,7 @@ def save(model: nn.Module, path, *, name: str | None = None) -> None:
     support computed again elsewhere is another one up to sign, rotation or worse. The file is torch.save's, followed by
     the SHA-256 of its bytes.
     """
-    torch.save(_payload(model, name), buffer := io.BytesIO())
+    torch.save(_payload(getattr(model, "_orig_mod", model), name), buffer := io.BytesIO())
     data = buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest()
     path.write(data) if hasattr(path, "write") else _write(path, data)
 
@@ -877,7 +881,9 @@ def load(model: nn.Module, path, *, name: str = "default") -> nn.Module:
         kind = f"format {payload.get('format')!r}, version {payload.get('version')!r}"
     _require(kind == "format 'loft', version 1", f"{path} is not a LOFT adapter file of version 1: it holds {kind}")
     try:
-        return _attach(model, payload, path, name)
+        compiled, model = model, getattr(model, "_orig_mod", model)           # torch.compile's wrapper is no part of a name
+        model = _attach(model, payload, path, name)
+        return compiled if model is getattr(compiled, "_orig_mod", None) else model
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:          # a well-formed file with nonsense in it
         raise ValueError(f"{path} is not a LOFT adapter file, or is damaged: {type(e).__name__} {e}") from e
 
@@ -917,7 +923,7 @@ def _from_spec(base: nn.Module, spec: dict, adapter: str, name: str) -> LOFTLine
     options = {k: v for k, v in config.items() if k not in ("d", "out", "transform")}
     if "rotation.gauge" in state:
         options["gauge"] = state["rotation.gauge"]
-    with _naming(name):
+    with _naming(name), torch.random.fork_rng(devices=[]):
         layer = _build(base, adapter, spec["method"], spec["side"], state.get("rotation.P"), "magnitude" in state,
                        config["transform"], options, dtype)
         if "past.P" in state:
@@ -1015,6 +1021,7 @@ def _resolve_support(name: str, base: nn.Module, side: str, support, rank, trans
              f"kind={support!r}), then adapt(model, support=P)")
     _require(_weight(base) is not None, f"a {type(base).__name__} has no floating weight for support={support!r}; give a tensor")
     W = _matrix(base) if side == "input" else _matrix(base).mT
+    _require(not W.is_meta, "it is on the meta device, which keeps no values; give the model its weights first")
     P = (principal(W, r, svd) if support == "principal" else random(W, r) if support == "random" else
          _beside("selectors").minor(W, r))
     return P, {"gauge": (W.to(P.dtype) @ P).norm(dim=0).sqrt()} if symmetric else {}   # √σ_i, σ_i = ‖W0 p_i‖
@@ -1105,10 +1112,16 @@ def _require(condition, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
+def _require_parameters(rotation: nn.Module) -> None:
+    _require(any(p.numel() for p in rotation.parameters()), f"a {rotation.r} × {rotation.r} {rotation.config['transform']!r} has no "
+             "parameters, so nothing would train; use rank ≥ 2 (or a block_size ≥ 2)")
+
+
 def _require_mergeable(found: list[tuple[str, LOFTLinear]]) -> None:
     for n, layer in found:
         _require(layer.mergeable,
-                 f"layer {n!r}: a {type(layer.plain).__name__} has no floating weight to merge into; keep it adapted")
+                 f"layer {n!r}: a {type(layer.plain).__name__} has no floating weight of its own to "
+                 "merge into (it is quantised, or computed anew, as by weight_norm); keep it adapted")
 
 
 def _one_of(what: str, value, valid: Iterable[str]) -> None:

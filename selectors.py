@@ -160,6 +160,7 @@ def select(model: nn.Module, batches, loss_fn, rank: int | dict[str, int], kind:
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; valid: {', '.join(KINDS)}")
+    _side(side)
     if passes < 2:
         raise ValueError(f"passes={passes}: one pass to find the subspace and one to measure it are the least")
     found = _target_layers(model, targets)
@@ -279,7 +280,9 @@ def _iterate(W, products, ranks: dict[str, int], passes: int, oversample: int, g
 
 def scores(model: nn.Module, batches, loss_fn, supports: dict[str, Tensor], *, side: str = "input") -> dict[str, float]:
     """{layer: ‖PᵀSP‖_F} of given supports, in one pass of thin products: PᵀSP = ½ ((W0P)ᵀ(GP) − (GP)ᵀ(W0P))."""
-    found, P, result = {n: model.get_submodule(n) for n in supports}, {n: _wide(X) for n, X in supports.items()}, {}
+    _side(side)
+    found, P = {n: model.get_submodule(n) for n in supports}, {n: _wide(X) for n, X in supports.items()}
+    result = dict.fromkeys(supports, 0.0)                                     # of a layer that no gradient reaches
     for n, (GP,) in _thin_products(model, batches, loss_fn, found, {n: (X,) for n, X in P.items()}, side).items():
         W = _wide(_matrix(found[n]))
         M = ((W if side == "input" else W.mT) @ P[n]).mT @ GP
@@ -296,7 +299,7 @@ def spend(sigma: dict[str, Tensor], budget: int) -> dict[str, int]:
     up to the last plane, for gains fall and costs rise. Raises ValueError where the budget buys none.
     """
     ranks, spent = dict.fromkeys(sigma, 0), 0
-    gains = [(float(s) ** 2 / (4 * j + 1), n, j) for n, values in sigma.items() for j, s in enumerate(values)]
+    gains = [(float(s) ** 2 / (4 * j + 1), n, j) for n, values in sigma.items() for j, s in enumerate(values) if s > 0]
     for _, n, j in sorted(gains, key=lambda plane: (-plane[0], plane[2])):
         cost = 4 * j + 1                                                      # of plane j, at r = 2j
         if ranks[n] == 2 * j and spent + cost <= budget:                      # too dear: a cheaper layer may still fit
@@ -316,7 +319,9 @@ def within(model: nn.Module, batches, loss_fn, budget: int, targets=None, *, max
     """Supports of kind "skew" whose ranks spend `budget` parameters of dense transforms where the planes are strongest: one
     selection at max_rank, `spend`, `trim`. `options` go to `select`."""
     found, side = _target_layers(model, targets), options.get("side", "input")
-    rank = {n: r for n, m in found.items() if (r := min(max_rank, _shape(m, side)[1]) // 2 * 2)}
+    rank = {n: r for n, m in found.items() if (r := min(max_rank, _shape(m, _side(side))[1]) // 2 * 2)}
+    if not rank:
+        raise ValueError(f"max_rank={max_rank} leaves no layer a plane: give 2 or more")
     wide = select(model, batches, loss_fn, rank, "skew", {n: found[n] for n in rank}, **options)
     return trim(wide, spend(wide.sigma, budget))
 
@@ -335,7 +340,7 @@ def union(tasks: list[Supports], rank: int) -> Supports:
     for n in tasks[0]:
         if not all(n in t and 2 * len(t.sigma.get(n, ())) == t[n].shape[1] for t in tasks):
             raise ValueError(f"layer {n!r}: every task needs a support of kind 'skew' (or 'rescored') and even rank for it")
-        weighted = [t[n] * (t.sigma[n] / t.sigma[n][0]).repeat_interleave(2) for t in tasks]      # (in, 2·planes)
+        weighted = [t[n] * (t.sigma[n] / t.sigma[n][0].clamp(min=torch.finfo(t[n].dtype).tiny)).repeat_interleave(2) for t in tasks]      # (in, 2·planes)
         U, s, _ = torch.linalg.svd(torch.cat(weighted, 1), full_matrices=False)
         r = min(rank, int((s > 1e-4 * s[0]).sum()))
         joined[n], joined.sigma[n] = U[:, :r].contiguous(), s[:r:2]
@@ -377,9 +382,7 @@ def _sums(model, batches, loss_fn, layers: dict[str, nn.Module], factors, second
     for n, parts in sums.items():
         if not all(X.isfinite().all() for X in parts):
             raise ValueError(f"layer {n!r}: its gradient (or input) is not finite")
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sums
-    for n, layer in layers.items():
+    for n, layer in layers.items() if torch.distributed.is_available() and torch.distributed.is_initialized() else ():
         if n not in sums:                                                     # only another rank reached it: no rows here
             W = _wide(_matrix(layer))
             add(n, W[:0], W.mT[:0], W.mT[:0])
@@ -416,6 +419,8 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a support needs gradients: leave torch.inference_mode() for the selection")
     count, total = 0, len(batches) if hasattr(batches, "__len__") else "?"
     with contextlib.ExitStack() as after:                                     # everything is put back, whatever happens
         for p in model.parameters():
@@ -438,7 +443,8 @@ def _sweep(model: nn.Module, batches, loss_fn, layers: dict[str, nn.Module], add
                 if not loss.isfinite():
                     raise ValueError(f"the loss of calibration batch {count} is {loss.item()}")
                 if not loss.requires_grad:
-                    raise ValueError("the loss does not depend on any target layer")
+                    raise ValueError("the loss does not depend on any target layer (or one is inside a reentrant checkpoint, whose "
+                                     "input would have to require grad: take use_reentrant=False)")
                 loss.backward()
             say(f"choosing supports: batch {count}/{total}")
         if not count:
@@ -489,6 +495,12 @@ def _rows(x: Tensor, module: nn.Module, side: str) -> Tensor:
     return x.flatten(0, -2) if x.ndim > 1 else x[None]
 
 
+def _side(side: str) -> str:
+    if side not in ("input", "output"):
+        raise ValueError(f"unknown side {side!r}; valid: input, output")
+    return side
+
+
 def _rank(r: int, d: int, where: str = "") -> int:
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= d:
         raise ValueError(f"{where}rank {r!r} must be an int between 1 and the dimension, {d}")
@@ -528,7 +540,7 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     """The layers that `loft.target_layers` names: its twin, so that this file needs no other."""
     if isinstance(targets, dict):
         return targets
-    linear = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "in_features", None), int)
+    linear = {n: m for n, m in model.named_modules() if all(isinstance(getattr(m, k, None), int) for k in ("in_features", "out_features"))
               or isinstance(m, nn.Conv2d) or hasattr(m, "nf") and _floating(m)}
     linear = {n: m for n, m in linear.items() if not (n.endswith(".base") and hasattr(linear.get(n[:-5]), "rotation"))}
     if "" in linear:
@@ -545,7 +557,10 @@ def _target_layers(model: nn.Module, targets) -> dict[str, nn.Module]:
     elif callable(targets):
         wanted = targets
     elif isinstance(targets, str):
-        wanted = lambda n, m: re.search(targets, n)
+        try:
+            wanted = lambda n, m, find=re.compile(targets).search: find(n)
+        except re.error as e:
+            raise ValueError(f"targets={targets!r} is not a regular expression: {e}") from None
     else:
         wanted = lambda n, m: any(f".{t}." in f".{n}." for t in targets)
         lost = [t for t in targets if not any(f".{t}." in f".{n}." for n in linear)]
