@@ -9,6 +9,7 @@ DIR is a folder that save_pretrained wrote, or a name that transformers knows.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from functools import partial
@@ -24,7 +25,7 @@ from tasks import Batch, Task, chunks, classification, label, predicted, rows
 def read(path: Path) -> list[dict[str, str]]:
     """The examples of a .txt (one text), .jsonl or .csv file: dicts with text; text, label; or prompt, response."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")                                     # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
         raise SystemExit(f"{path}: {getattr(e, 'strerror', None) or 'is not UTF-8 text'}")
     if not text.strip():
@@ -33,14 +34,15 @@ def read(path: Path) -> list[dict[str, str]]:
         return [{"text": text}]
     if path.suffix == ".jsonl":
         found = []
-        for i, line in enumerate(text.splitlines(), 1):
+        for i, line in enumerate(text.split("\n"), 1):
             try:
                 if line.strip():
                     found.append(dict(json.loads(line)))
             except (ValueError, TypeError):
                 raise SystemExit(f"{path}, line {i}: not a JSON object: {line[:60]}")
     elif path.suffix == ".csv":
-        found = list(csv.DictReader(text.splitlines(keepends=True)))
+        csv.field_size_limit(2 ** 31 - 1)
+        found = list(csv.DictReader(io.StringIO(text, newline="")))
     else:
         raise SystemExit(f"{path}: a .txt, .jsonl or .csv file is wanted (or .pt: images x and labels y)")
     wanted = (("prompt", "response"), ("text", "label"), ("text",))
@@ -54,10 +56,10 @@ def read(path: Path) -> list[dict[str, str]]:
     return [{c: str(example[c]) for c in columns} for example in found]
 
 
-def pack(examples: list[tuple[list[int], list[int]]], length: int) -> Batch:
+def pack(examples: list[tuple[list[int], list[int]]], length: int, alone: bool = False) -> Batch:
     """(ids, targets), one after another into rows of `length`: ids, targets and segments, each (rows, length) int64.
 
-    An example begins a new row where it does not fit (one longer than a row is cut into pieces). Segments number the
+    An example begins a new row where it does not fit, or with `alone` (one longer than a row is cut into pieces). Segments number the
     examples of a row from 1, 0 is padding. The first target of a segment is -100: nothing precedes it.
     """
     pieces = [(ids[i:i + length], targets[i:i + length]) for ids, targets in examples for i in range(0, len(ids), length)]
@@ -65,7 +67,7 @@ def pack(examples: list[tuple[list[int], list[int]]], length: int) -> Batch:
     for ids, targets in pieces:
         if all(t == -100 for t in targets[1:]):                                # nothing to learn from: a prompt that fills a row
             continue
-        if len(ids) > room:
+        if alone or len(ids) > room:
             table.append(([], [], []))
             room = length
         row, k = table[-1], table[-1][2][-1] + 1 if table[-1][2] else 1
@@ -76,20 +78,40 @@ def pack(examples: list[tuple[list[int], list[int]]], length: int) -> Batch:
                  for j in range(3))
 
 
-def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of a causal language model of transformers; no example sees its neighbours in the row."""
-    ids, targets, segments = batch
+def packed_logits(model: nn.Module, ids: Tensor, segments: Tensor) -> Tensor:
+    """Of a causal language model of transformers: ids, segments (n, t) → (n, t, words); no example sees its neighbours in the row."""
     more = {}
-    if (segments != 1).any():                                                  # else: plain causal attention
+    if (segments > 1).any():                                                   # else: plain causal attention (padding stands last)
         t = torch.arange(ids.shape[1], device=ids.device)
         same = (segments[:, :, None] == segments[:, None]) & (t[:, None] >= t)                       # (n, t, t)
         first = torch.where(segments == segments.roll(1, 1), 0, t).masked_fill(t == 0, 0).cummax(1).values
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         more = {"attention_mask": torch.zeros_like(same, dtype=dtype).masked_fill(~same, torch.finfo(dtype).min)[:, None],
                 "position_ids": t - first}                                     # counted within each example
-    logits = model(input_ids=ids, use_cache=False, **more).logits
-    targets = targets[:, 1:].flatten()
+    return model(input_ids=ids, use_cache=False, **more).logits
+
+
+def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a causal language model on a batch of `pack`."""
+    ids, targets, segments = batch
+    logits, targets = packed_logits(model, ids, segments), targets[:, 1:].flatten()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum") / (targets != -100).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def takes_packing(model: nn.Module, name) -> bool:
+    """Whether two examples in a row give what each gives alone (not where positions or masks are made inside: Bloom, Mamba).
+    SystemExit for a model that sees what comes next."""
+    ids = torch.arange(12)[None] % min(12, model.get_input_embeddings().num_embeddings)
+    alone = lambda ids: packed_logits(model, ids, torch.ones_like(ids))
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.05
+    close = lambda a, b: bool((a - b).abs().max() <= tolerance * b.abs().max())
+    if not close(alone(ids)[:, :6], alone(ids[:, :6])):
+        raise SystemExit(f"--model {name}: a {type(model).__name__} is no causal language model as it comes: a token sees the next ones")
+    try:
+        return close(packed_logits(model, ids, torch.tensor([[1] * 6 + [2] * 6]))[:, 6:], alone(ids[:, 6:]))
+    except Exception:                                                          # it knows no such mask, or no positions
+        return False
 
 
 def text_logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
@@ -102,6 +124,10 @@ def image_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Of an image classifier of transformers: images (n, channels, h, w) → (n, classes)."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return model(pixel_values=images.to(dtype)).logits
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def split(n: int, val: bool, path, shuffle: bool = True) -> tuple[list[int], list[int], list[int]]:
@@ -127,8 +153,19 @@ def own(args) -> Task:
     def pretrained(kind: str, **more):
         try:
             return getattr(transformers, kind).from_pretrained(args.model, **more)
-        except (OSError, ValueError, KeyError, ImportError) as e:
-            raise SystemExit(f"--model {args.model}: {kind} cannot load it: {str(e).strip().splitlines()[0]}")
+        except Exception as e:                                                 # of many kinds, from as many libraries
+            raise SystemExit(f"--model {args.model}: {kind} cannot load it: {first_line(e)}")
+
+    def classify(call, inputs: Batch, head: str, data: Batch, val: Batch | None, **more) -> Task:
+        """The task of a classifier, after a look at whether the model takes such inputs."""
+        try:
+            with torch.no_grad():
+                call(model, *(t[:1] for t in inputs))
+        except Exception as e:
+            raise SystemExit(f"--model {args.model} does not take {args.data}: {first_line(e)}")
+        train, splits = parts(data, val)
+        return Task("own", model, rows(*train), partial(label, call=call), splits, trainable=head, probe=100, size=8,
+                    measure=lambda m: classification(m, splits["val"], call), **more)
 
     def classifier(kind: str, classes: int):
         """The model with as many classes, and a regex of its head: what was not in its files, by name or shape."""
@@ -142,7 +179,7 @@ def own(args) -> Task:
             x, y = data["x"].float(), data["y"].long()
         except Exception as e:
             raise SystemExit(f"{path}: wanted is torch.save of dict(x=images (n, channels, h, w), y=classes (n,)): {str(e).splitlines()[0]}")
-        if x.ndim != 4 or y.shape != x.shape[:1] or len(y) and int(y.min()) < 0:
+        if x.ndim != 4 or y.shape != x.shape[:1] or not x.numel() or int(y.min()) < 0:
             raise SystemExit(f"{path}: x is {tuple(x.shape)}, y {tuple(y.shape)}; wanted are (n, channels, h, w) and (n,), classes from 0")
         return x, y
 
@@ -159,16 +196,23 @@ def own(args) -> Task:
     if args.data.suffix == ".pt":
         data, val = images(args.data), images(args.val) if args.val else None
         model, head = classifier("AutoModelForImageClassification", int(data[1].max()) + 1)
-        train, splits = parts(data, val)
-        return Task("own", model, rows(*train), partial(label, call=image_logits), splits, trainable=head, probe=100, size=8,
-                    measure=lambda m: classification(m, splits["val"], image_logits), export=lambda m, path: m.save_pretrained(path))
+        return classify(image_logits, data[:1], head, data, val, export=lambda m, path: m.save_pretrained(path))
 
     examples, held_out = read(args.data), read(args.val) if args.val else None
     tokenizer = pretrained("AutoTokenizer")
     if held_out and held_out[0].keys() != examples[0].keys():
         raise SystemExit(f"{args.val} has {', '.join(held_out[0])}, {args.data} has {', '.join(examples[0])}: they must be alike")
-    most = getattr(transformers.AutoConfig.from_pretrained(args.model), "max_position_embeddings", None) or 512
-    context = min(args.context or 512, most)
+
+    def length() -> int:
+        """Tokens in a row: what is asked for, within what the model takes (RoBERTa counts positions from its padding on)."""
+        most = next((n for k in ("max_position_embeddings", "max_seq_len") if (n := getattr(model.config, k, None))), 512)
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == most and m.padding_idx is not None]
+        return min(args.context or 512, tokenizer.model_max_length, most - (tables[0].padding_idx + 1 if tables else 0))
+
+    def known(top: int) -> None:
+        words = model.get_input_embeddings().num_embeddings
+        if top >= words:
+            raise SystemExit(f"--model {args.model}: its tokenizer gives the token {top}, its embeddings hold {words}")
 
     def export(model, path):
         model.save_pretrained(path)
@@ -180,19 +224,22 @@ def own(args) -> Task:
             raise SystemExit(f"{args.val} has the label {min(unknown)!r}, which {args.data} has not")
         model, head = classifier("AutoModelForSequenceClassification", len(labels))
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         model.config.pad_token_id = tokenizer.pad_token_id
         model.config.id2label, model.config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
-        tokenizer.padding_side = "right"
+        tokenizer.padding_side, context = "right", length()
 
         def tensors(examples):
             got = tokenizer([e["text"] for e in examples], truncation=True, max_length=context, padding=True, return_tensors="pt")
             return got.input_ids, got.attention_mask, torch.tensor([labels.index(e["label"]) for e in examples])
-        train, splits = parts(tensors(examples), tensors(held_out) if held_out else None)
-        return Task("own", model, rows(*train), partial(label, call=text_logits), splits, trainable=head, probe=100, size=8,
-                    measure=lambda m: classification(m, splits["val"], text_logits), export=export)
+        data = tensors(examples)
+        known(int(data[0].max()))
+        return classify(text_logits, data[:2], head, data, tensors(held_out) if held_out else None, export=export)
 
     model, end = pretrained("AutoModelForCausalLM"), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    context, alone = length(), not takes_packing(model, args.model)
+    if alone:
+        print(f"a {type(model).__name__} is given one example a row: it does not keep several apart")
 
     def coded(e: dict) -> tuple[list[int], list[int]]:
         """ids and targets of an example, -100 in its prompt."""
@@ -204,14 +251,15 @@ def own(args) -> Task:
         return prompt + answer, [-100] * len(prompt) + answer
 
     found = [coded(e) for e in examples]
+    known(max(max(ids, default=0) for ids, _ in found))
     if len(found) == 1:                                                        # one text: its rows are the examples
         found = [tuple(part[i:i + context] for part in found[0]) for i in range(0, len(found[0][0]), context)]
     train, tune, val = ([found[i] for i in part] for part in split(len(found), bool(held_out), args.data, shuffle=len(examples) > 1))
     val = [coded(e) for e in held_out] if held_out else val
-    packed = {name: pack(part, context) for name, part in (("train", train), ("tune", tune), ("val", val))}   # split first: no text is in two
+    packed = {name: pack(part, context, alone) for name, part in (("train", train), ("tune", tune), ("val", val))}   # split first: no text is in two
     if empty := [name for name, part in packed.items() if not len(part[0])]:
         raise SystemExit(f"{args.data} leaves nothing to predict for {empty[0]}: give more examples, or a larger --context")
     splits = {name: chunks(*packed[name], size=8) for name in ("tune", "val")}
-    old = args.old and Task("old", model, None, packed_loss, {"val": chunks(*pack([coded(e) for e in read(args.old)], context), size=8)},
+    old = args.old and Task("old", model, None, packed_loss, {"val": chunks(*pack([coded(e) for e in read(args.old)], context, alone), size=8)},
                             count=predicted)
     return Task("own", model, rows(*packed["train"]), packed_loss, splits, old, size=8, export=export, count=predicted)

@@ -340,7 +340,8 @@ def union(tasks: list[Supports], rank: int) -> Supports:
     for n in tasks[0]:
         if not all(n in t and 2 * len(t.sigma.get(n, ())) == t[n].shape[1] for t in tasks):
             raise ValueError(f"layer {n!r}: every task needs a support of kind 'skew' (or 'rescored') and even rank for it")
-        weighted = [t[n] * (t.sigma[n] / t.sigma[n][0].clamp(min=torch.finfo(t[n].dtype).tiny)).repeat_interleave(2) for t in tasks]      # (in, 2·planes)
+        shares = [t.sigma[n] / t.sigma[n][0].clamp(min=torch.finfo(t[n].dtype).tiny) for t in tasks]
+        weighted = [t[n] * share.repeat_interleave(2) for t, share in zip(tasks, shares)]         # (in, 2·planes)
         U, s, _ = torch.linalg.svd(torch.cat(weighted, 1), full_matrices=False)
         r = min(rank, int((s > 1e-4 * s[0]).sum()))
         joined[n], joined.sigma[n] = U[:, :r].contiguous(), s[:r:2]

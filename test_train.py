@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,17 @@ def test_a_folder_with_results_is_not_written_over(quick, tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given, message", [
+    ("--clip 0", "'0' is not a number from 1e-06"), ("--clip nan", "'nan' is not a number"), ("--warmup 2", "'2' is not a number from 0 to 1"),
+    ("--steps -3", "'-3' is not a positive whole number"), ("--lr 0", "positive numbers are wanted"), ("--lr x", "not a comma-separated list"),
+    ("--support skwe", "'skwe' is not one of .*; did you mean 'skew'"), ("--targets (", r"--targets: '\(' is not a regular expression"),
+    ("--targets nothing", "match no linear layer; the model has 3"), ("--seeds 0", "'0' is not a positive whole number")])
+def test_settings_that_mean_nothing_are_refused_in_one_line(given, message, quick, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quick(*given.split())
+    assert re.search(message, f"{stop.value.code} {capsys.readouterr().err}")
+
+
 def test_one_cell_fails_and_the_others_go_on(quick, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         quick("--method", "loft,lora,full", "--support", "skew", "--rank", "2", "--lr", "1e-3,1e30", "--transform", "expm")
@@ -492,6 +504,11 @@ def small(kind: str):
     if kind == "bert":
         del sizes["num_key_value_heads"]
         return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))  # its classifier is new
+    if kind == "roberta":
+        del sizes["num_key_value_heads"]
+        return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**sizes, pad_token_id=1))
+    if kind == "bloom":
+        return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=2))
     return transformers.ViTForImageClassification(transformers.ViTConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_labels=7))
 
@@ -585,6 +602,60 @@ def test_packed_examples_do_not_see_each_other(kind):
         total += F.cross_entropy(logits, torch.tensor(targets[1:]), reduction="sum").item()
         count += sum(t != -100 for t in targets[1:])
     assert own.packed_loss(model, batch).item() == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_model_that_knows_no_packing_gets_one_example_a_row(kind, folder, tmp_path):
+    """Bloom makes positions and masks itself. Either way, the loss of a row is that of its examples alone."""
+    file = data(tmp_path / "d.jsonl", "text")
+    task = own.own(argparse.Namespace(model=str(folder(kind)), data=file, val=None, old=None, context=128))
+    ids, targets, segments = task.batch(torch.Generator().manual_seed(0), 64)
+    assert (segments.max() > 1) == (kind == "llama")
+    with torch.no_grad():
+        one = [F.cross_entropy(task.model(input_ids=ids[i:i + 1, s]).logits[0, :-1], ids[i, s][1:], reduction="none")
+               for i in range(8) for k in range(1, int(segments[i].max()) + 1) for s in [segments[i] == k]]
+        assert own.packed_loss(task.model, (ids[:8], targets[:8], segments[:8])).item() == pytest.approx(torch.cat(one).mean().item(), rel=1e-4)
+
+
+def test_examples_as_files_have_them(tmp_path):
+    """A byte order mark; line separators inside a JSON string; long and many-lined fields of a csv."""
+    def read(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return own.read(tmp_path / name)
+    assert read("a.jsonl", "\ufeff" + json.dumps({"text": "a\u2028b"}, ensure_ascii=False)) == [{"text": "a\u2028b"}]
+    long = "x" * 200_000 + "\n\x0cy"
+    assert read("a.csv", f'\ufefftext,label\n"{long}",z\n') == [{"text": long, "label": "z"}]
+
+
+def test_models_that_do_not_fit_get_one_clear_line(folder, tmp_path):
+    def refused(kind, file, match):
+        with pytest.raises(SystemExit, match=match):
+            train.main(["--model", str(tmp_path / kind), "--data", str(file), "--out", str(tmp_path / "run")])
+    text, labels = data(tmp_path / "d.txt", "text"), data(tmp_path / "d.jsonl", "label")
+    images = lambda *shape: torch.save({"x": torch.randn(10, *shape), "y": torch.arange(10) % 2}, tmp_path / "d.pt") or tmp_path / "d.pt"
+    folder("bert"), folder("vit"), folder("gpt2")
+    refused("bert", text, "a BertLMHeadModel is no causal language model as it comes")
+    refused("vit", images(1, 16, 16), "vit does not take .*d.pt: .*channel")
+    refused("vit", images(3, 24, 24), "vit does not take .*d.pt: .*24")
+    torch.save({"x": torch.randn(0, 3, 16, 16), "y": torch.arange(0)}, tmp_path / "d.pt")
+    refused("vit", tmp_path / "d.pt", r"x is \(0, 3, 16, 16\)")
+    import transformers
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    for file in (text, labels):
+        refused("gpt2", file, "its tokenizer gives the token [0-9]+, its embeddings hold 60")
+    (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"x" * 100)
+    refused("gpt2", text, "AutoModelForCausalLM cannot load it")
+
+
+def test_long_texts_are_cut_to_what_the_model_has_positions_for(folder, tmp_path):
+    """RoBERTa's begin after its padding's: 128 in its table are 126. And a tokenizer without padding takes another token."""
+    model = folder("roberta")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in ("pad_token", "eos_token")}))
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": "word " * 60, "label": i % 2}) for i in range(12)))
+    task = own.own(argparse.Namespace(model=str(model), data=tmp_path / "d.jsonl", val=None, old=None, context=None))
+    assert task.splits["val"][0][0].shape[1] == 126
+    assert math.isfinite(task.bits(task.model, "val"))
 
 
 def test_data_that_cannot_be_used_gets_one_clear_line(folder, tmp_path):

@@ -316,7 +316,10 @@ def sizes(method: str, shapes: list[tuple[int, int]], budget: int) -> int | None
 
 def targets(task: Task, args) -> dict[str, nn.Module]:
     """The layers to adapt: --targets, or every linear one but heads."""
-    found = loft.target_layers(task.model, args.targets)
+    try:
+        found = loft.target_layers(task.model, args.targets)
+    except ValueError as e:
+        raise SystemExit(f"--targets: {e}" if args.targets else str(e))
     head = lambda n, m: any(task.trains(f"{n}.{k}") for k, _ in m.named_parameters())
     return {n: m for n, m in found.items() if args.targets or not head(n, m)}
 
@@ -452,8 +455,18 @@ def one_of(*valid: str):
     def parse(text: str) -> list[str]:
         for value in text.split(","):
             if value not in valid:
-                raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(valid)}")
+                raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(valid)}{loft._nearest(value, valid)}")
         return text.split(",")
+    return parse
+
+
+def number(least: float, most: float):
+    """argparse type: a number from `least` to `most`."""
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= float(text) <= most:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
     return parse
 
 
@@ -505,8 +518,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=positive, default=200, help="default 200")
     add("--batch", type=positive, help="examples in a step, over all devices (default: the task's)")
     add("--accumulate", type=positive, default=1, help="pieces of a batch that a device takes one after another")
-    add("--warmup", type=float, default=0.1, help="share of the steps, before a cosine decay (default 0.1)")
-    add("--clip", type=float, help="largest norm of the gradient")
+    add("--warmup", type=number(0, 1), default=0.1, help="share of the steps, before a cosine decay (default 0.1)")
+    add("--clip", type=number(1e-6, 1e6), help="largest norm of the gradient")
     add("--patience", type=positive, help="stop after so many evaluations on the tune split without gain; the best weights stay")
     add("--eval-every", type=positive, help="steps (default a tenth)")
     add("--eval-batches", type=positive, default=2, help="of the tune split, in an evaluation (default 2)")
