@@ -46,7 +46,7 @@ from tasks import TASKS, Task, to
 METHODS = ("frozen", *loft.METHODS, "full")
 SUPPORTS = (*selectors.KINDS, "allocated")                                     # allocated: skew, as many parameters in all, ranks by σ
 # Learning rates by default, the best of README's grids: 1e-2 where a support's score is more than half of skew's, 3e-2 below.
-RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "activation": 3e-2, "oft": 3e-2, "hra": 3e-2, "lora": 3e-2, "full": 3e-3}
+RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "oft": 3e-2, "hra": 3e-2, "lora": 3e-2, "full": 3e-3}
 NOT_OF_A_CELL = {"out", "resume", "report", "plot", "compare", "task", "method", "support", "rank", "budget", "lr", "seeds", "seed",
                  "device", "save_every", "export", "grid"}                     # every other setting is part of what a cell is
 
