@@ -56,7 +56,7 @@ METHODS = {
     "oft": (dict(method="oft", block_size=32), ("OFTConfig", dict(oft_block_size=32, use_cayley_neumann=False)), None),
     "oftv2": (dict(method="oft", block_size=32, map="cayley_neumann"), ("OFTConfig", dict(oft_block_size=32)), None),
     "boft": (dict(method="boft", block_size=8, stages=2), ("BOFTConfig", dict(boft_block_size=8, boft_n_butterfly_factor=2)),
-             "peft without its CUDA extension takes 1 butterfly stage, whatever is asked; ours takes 2"),
+             "peft without its CUDA extension takes 1 butterfly stage, whatever is asked, and its blocks are full matrices; ours takes 2"),
     "goft": (dict(method="goft"), None, None),
     "hra": (dict(method="hra"), ("HRAConfig", {}), None),
     "lora": (dict(method="lora"), ("LoraConfig", {}), None),
@@ -151,7 +151,7 @@ class Step:
             with torch.no_grad():
                 torch._foreach_mul_(self.parameters, 1.0) if self.parameters else None
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                y = self.model(self.x)
+                self.model(self.x)
         finally:
             kernels._keep = keep
         return sum(t.untyped_storage().nbytes() for p, t in found.items() if p not in fixed) / 2 ** 20
@@ -469,6 +469,12 @@ def main(argv=None) -> list[dict]:
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.threads < 1:
+        parser.error(f"--threads {args.threads}: 1 or more are wanted")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        parser.error(f"--device {args.device}: {str(e).splitlines()[0]}")
     args.dtype, args.seconds = getattr(torch, args.dtype), 0.5 if args.quick else 10.0
     torch.set_num_threads(args.threads)
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
@@ -484,7 +490,7 @@ def main(argv=None) -> list[dict]:
     compiled, started = ("loft", "oft", "hra") if compile else (), timer()
     if args.quick:
         rows = layer_table(1024, 128, args.seconds, args) + transformer_table(256, 128, 4, args.seconds, args, False)
-        rows += selection_table(1024, 64, args)
+        rows += selection_table(2048, 64, args)
         rows += once_table(128, 2, args)
     else:
         rows = layer_table(1024, 1024, 2 * args.seconds, args, compiled=compiled)

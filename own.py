@@ -48,7 +48,7 @@ def read(path: Path) -> list[dict[str, str]]:
     wanted = (("prompt", "response"), ("text", "label"), ("text",))
     columns = next((w for w in wanted if found and set(w) <= found[0].keys()), None)
     if not columns:
-        raise SystemExit(f"{path} has the columns {', '.join(map(str, found[0])) if found else '(none)'}; wanted: text, or text and label, "
+        raise SystemExit(f"{path} has the columns {', '.join(map(str, found[0])) if found else '(no rows)'}; wanted: text, or text and label, "
                          "or prompt and response")
     for i, example in enumerate(found, 1):
         if missing := [c for c in columns if example.get(c) in (None, "")]:
@@ -211,6 +211,8 @@ def own(args) -> Task:
 
     def known(top: int) -> None:
         words = model.get_input_embeddings().num_embeddings
+        if top < 0:
+            raise SystemExit(f"--model {args.model}: its tokenizer makes nothing of {args.data} (are the tokenizer's files there?)")
         if top >= words:
             raise SystemExit(f"--model {args.model}: its tokenizer gives the token {top}, its embeddings hold {words}")
 
@@ -233,7 +235,7 @@ def own(args) -> Task:
             got = tokenizer([e["text"] for e in examples], truncation=True, max_length=context, padding=True, return_tensors="pt")
             return got.input_ids, got.attention_mask, torch.tensor([labels.index(e["label"]) for e in examples])
         data = tensors(examples)
-        known(int(data[0].max()))
+        known(int(data[0].max()) if data[0].numel() else -1)
         return classify(text_logits, data[:2], head, data, tensors(held_out) if held_out else None, export=export)
 
     model, end = pretrained("AutoModelForCausalLM"), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -251,7 +253,7 @@ def own(args) -> Task:
         return prompt + answer, [-100] * len(prompt) + answer
 
     found = [coded(e) for e in examples]
-    known(max(max(ids, default=0) for ids, _ in found))
+    known(max(max(ids, default=-1) for ids, _ in found))
     if len(found) == 1:                                                        # one text: its rows are the examples
         found = [tuple(part[i:i + context] for part in found[0]) for i in range(0, len(found[0][0]), context)]
     train, tune, val = ([found[i] for i in part] for part in split(len(found), bool(held_out), args.data, shuffle=len(examples) > 1))

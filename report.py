@@ -14,6 +14,14 @@ NOT_A_SETTING = ("lr", "seed", "trainable", "score", "select_s", "select_mib", "
                  "measures_before", "measures", "curve", "stopped", "ms_per_step", "peak_mib", "orthogonality_error")
 
 
+def complete(rows: list[dict], path) -> list[dict]:
+    """The rows that a table can hold; a file may be another version's."""
+    good = [row for row in rows if isinstance(row, dict) and row.keys() >= {"task", "method", "support", "size", "seed", "steps", *NOT_A_SETTING}]
+    if len(good) < len(rows):
+        print(f"{path}: {len(rows) - len(good)} of {len(rows)} lines left out, which are no results of this version")
+    return good
+
+
 def groups(rows: list[dict]) -> list[list[dict]]:
     """The rows of each cell, all seeds, at its learning rate with the lowest loss on the tune split, over seeds that all rates ran."""
     found: dict = {}

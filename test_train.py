@@ -279,6 +279,60 @@ def test_settings_that_mean_nothing_are_refused_in_one_line(given, message, quic
     assert re.search(message, f"{stop.value.code} {capsys.readouterr().err}")
 
 
+def test_runs_that_cannot_begin_say_so_in_one_line(quick, tmp_path, capsys):
+    def refused(*argv, match):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*QUICK, *argv])
+        assert re.search(match, f"{stop.value.code} {capsys.readouterr().err}")
+    (tmp_path / "file").write_text("")
+    refused("--method", "frozen", "--out", str(tmp_path / "file" / "x"), match="--out .*: Not a directory")
+    refused("--old", "x.txt", match="--old goes with --model and --data")
+    for i, text in enumerate(("hello", "{}", '{"argv": 3}')):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "settings.json").write_text(text)
+        refused("--resume", str(tmp_path / str(i)), match="settings.json is not what a run writes")
+
+
+def test_a_report_leaves_out_what_is_no_result(quick, tmp_path, capsys):
+    quick("--method", "frozen")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.jsonl").write_text('{"task": "code", "method": "lora"}\n[1]\n')
+    rows = train.main(["--report", str(tmp_path / "other"), str(tmp_path / "run")])
+    assert len(rows) == 1 and "other: 2 of 2 lines left out" in capsys.readouterr().out
+
+
+def test_full_fine_tuning_of_a_bf16_model_trains_in_float32(monkeypatch, tmp_path):
+    def halved(args):
+        task = tiny(args)
+        task.model.bfloat16()
+        task.loss_fn = lambda model, batch: tasks.label(model, (batch[0].to(next(model.parameters()).dtype), batch[1]))
+        task.measure = lambda model: {}
+        return task
+    monkeypatch.setitem(train.TASKS, "code", halved)
+    row, = train.main([*QUICK, "--method", "full", "--lr", "1e-6", "--export", "--out", str(tmp_path / "run")])
+    saved = torch.load(next((tmp_path / "run").glob("*-merged/model.pt")), weights_only=True)
+    torch.manual_seed(0)                                                       # as train.py does before it makes a task
+    start = halved(None).model.float().state_dict()
+    assert all(t.dtype == torch.float32 for t in saved.values())
+    assert all(0 < (saved[n] - start[n]).abs().max() < 1e-4 for n in saved)    # steps of 1e-6, which bf16 would swallow
+
+
+def test_held_out_images_are_drawn_by_no_run():
+    """torch's generator on a CPU takes the low 32 bits of a seed."""
+    task = tasks.vision(None)
+    batches = [b for split in ("tune", "val") for b in task.splits[split]] + task.old.splits["val"]
+    for seed in (*range(10), *range(1000, 1010)):
+        turn = task.batch(torch.Generator().manual_seed(seed), 64)[1]
+        assert all(not torch.equal(b[1][:64], turn) for b in batches if b[1].ndim == 2)
+
+
+def test_macro_f1_counts_classes_that_are_predicted_alone():
+    logits = F.one_hot(torch.tensor([0, 2, 1, 2]), 3).float()
+    model = nn.Linear(1, 1)
+    found = tasks.classification(model, [(logits, torch.tensor([0, 0, 1, 1]))], lambda m, x: x)
+    assert found == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 2 / 3 + 0) / 3)}
+
+
 def test_one_cell_fails_and_the_others_go_on(quick, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         quick("--method", "loft,lora,full", "--support", "skew", "--rank", "2", "--lr", "1e-3,1e30", "--transform", "expm")

@@ -21,6 +21,7 @@ import contextlib
 import copy
 import gc
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -40,7 +41,7 @@ import loft
 import tasks
 from loft import kernels, selectors
 from own import own
-from report import plot, show
+from report import complete, plot, show
 from tasks import TASKS, Task, to
 
 METHODS = ("frozen", *loft.METHODS, "full")
@@ -257,8 +258,13 @@ def ready(task: Task, args) -> Task:
         recipe = hashlib.sha256(f"{old.model}{steps}{sys.version_info[:2]}{Path(tasks.__file__).read_text()}".encode())
         cache = args.out.parent / f"pretrained-{old.name}-{recipe.hexdigest()[:12]}.pt"
         old.model.to(args.device)
-        if cache.exists():
-            old.model.load_state_dict(torch.load(cache, map_location=args.device, weights_only=True))
+        found = cache.exists()
+        try:
+            old.model.load_state_dict(torch.load(cache, map_location=args.device, weights_only=True)) if found else None
+        except Exception as e:
+            found = False
+            print(f"{cache} is damaged, so once more: {e}")
+        if found:
             print(f"1. {task.name}: pretrained weights found in {cache}")
         else:
             print(f"1. {task.name}: pretraining {sum(p.numel() for p in old.model.parameters()):,} parameters on {old.name}")
@@ -391,9 +397,8 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     generator = torch.Generator().manual_seed(1000 + seed)
     draws = [task.batch(generator, args.batch or task.size) for _ in range(args.calibration)]
     calibration = [to(batch, next(model.parameters()).device) for batch in draws[rank()::world()]]
-    if state:                                                                  # what came after the checkpoint comes again
-        lines = read_rows(args.out / "metrics.jsonl")
-        kept = [line for line in lines if line["cell"] != stem(cell) or line["step"] <= state["step"]]
+    if lines := read_rows(args.out / "metrics.jsonl"):                         # what came after the checkpoint comes again
+        kept = [line for line in lines if line["cell"] != stem(cell) or state and line["step"] <= state["step"]]
         write(args.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     cost = state["cost"] if state else NOTHING_CHOSEN
     if state and "adapter" in state["weights"]:
@@ -402,6 +407,8 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     elif method in loft.METHODS:
         cost = adapt(model, task, cell, calibration, args)
     else:
+        if method == "full":                                                   # bf16 would round its steps away
+            model.float()
         for n, p in model.named_parameters():
             p.requires_grad_(trains(n))
         restore(model, state["weights"]) if state else None
@@ -553,7 +560,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.out = args.out if args.resume is True else Path(args.resume)
         if not args.out or not (args.out / "settings.json").exists():
             p.error(f"--resume: {args.out or 'no folder given; --resume DIR'}{' holds no settings.json of a run' if args.out else ''}")
-        given = json.loads((args.out / "settings.json").read_text())["argv"]
+        try:
+            given = [str(word) for word in json.loads((args.out / "settings.json").read_text())["argv"]]
+        except (ValueError, KeyError, TypeError):
+            p.error(f"--resume: {args.out / 'settings.json'} is not what a run writes")
         old, args, folder = p.parse_args(given), p.parse_args([*given, *argv]), args.out
         for key, value in vars(args).items():
             if key not in NOT_OF_A_CELL and value != getattr(old, key):
@@ -563,6 +573,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         p.error(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out begins one")
     if bool(args.model) != bool(args.data) or args.model and args.task:
         p.error("--model and --data go together, without --task")
+    if stray := [k for k in ("val", "old", "context") if getattr(args, k) and not args.model]:
+        p.error(f"--{stray[0]} goes with --model and --data")
     if args.shard and "full" in (args.method or ()):
         p.error("--shard is for adapters: it shards what is frozen, and --method full freezes nothing")
     if args.rank and args.budget:
@@ -584,6 +596,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
     args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
     args.lr = args.lr or {"supports": [1e-3, 3e-3, 1e-2, 3e-2], "methods": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}.get(compare)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        p.error("--plot needs the package matplotlib: pip install matplotlib")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.dtype = args.dtype and getattr(torch, args.dtype)
     if "RANK" in os.environ and not args.report:                               # started by torchrun
@@ -613,14 +627,15 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
     print(f"2. {name}: {before['val']:.3f} bits on the new domain" + (f", {before['kept']:.3f} on the old" if before["kept"] else "") + ", before adaptation")
     shapes = [loft._shape(m) for m in targets(task, args).values()]
     turned = [(d, n) if args.side == "input" else (n, d) for d, n in shapes]   # loft's rotated dimension first
+    ranks = args.rank and [min(r, max(d for d, _ in turned)) for r in args.rank]   # a smaller layer takes its own dimension
     budgets = args.budget or [sum(map(sum, shapes))]
     settings = {k: str(v) if isinstance(v, (Path, torch.dtype)) else v for k, v in vars(args).items() if k not in NOT_OF_A_CELL}
     plan = []
     for method in args.method:
         supports = args.support if method == "loft" else [None] if method in ("frozen", "full") else [loft.METHODS[method]["support"]]
         try:
-            wanted = [None] if method in ("frozen", "full", "goft") else args.rank if args.rank and method not in ("oft", "boft") else [
-                None] if args.rank else [sizes(method, turned if method == "loft" else shapes, b) for b in budgets]
+            wanted = [None] if method in ("frozen", "full", "goft") else ranks if ranks and method not in ("oft", "boft") else [
+                None] if ranks else [sizes(method, turned if method == "loft" else shapes, b) for b in budgets]
         except ValueError as e:
             failed.append(str(e))
             print(f"\n{e}")
@@ -641,7 +656,7 @@ def train(args, name: str, rows: list[dict], failed: list[str]) -> None:
                 try:
                     row = run(task, cell, before, args, line)
                 except Exception as e:                                         # the other cells go on, unless devices would part
-                    if world() > 1:
+                    if world() > 1 and not isinstance(e, FloatingPointError):  # (NaN is one to all of them)
                         raise
                     failed.append(f"{line.strip()}: {type(e).__name__}: {e}")
                     return print(f"\n{failed[-1]}")
@@ -659,14 +674,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     if args.report:
-        rows = [row for folder in args.report if folder.is_dir() for row in read_rows(folder / "results.jsonl")]
+        rows = [row for folder in args.report if folder.is_dir() for row in complete(read_rows(folder / "results.jsonl"), folder)]
         if not rows:
             raise SystemExit(f"--report: no results.jsonl with a finished row in {', '.join(map(str, args.report))}")
         args.out = args.report[0].parent
         print(show(rows, bool(args.compare)))
         print(plot(rows, args.out / "plot.png") if args.plot else "")
         return rows
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"--out {args.out}: {e.strerror}")
     if not args.resume:
         about = dict(argv=argv, torch=torch.__version__, python=sys.version.split()[0], threads=torch.get_num_threads(), devices=world())
         write(args.out / "settings.json", json.dumps(about | {k: v for k, v in vars(args).items()}, indent=1, default=str).encode())
