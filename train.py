@@ -596,7 +596,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.rank = args.rank or (None if args.budget or compare != "supports" else [16])
     args.seeds = args.seeds or {"supports": 5, "methods": 3}.get(compare, 1)
     args.lr = args.lr or {"supports": [1e-3, 3e-3, 1e-2, 3e-2], "methods": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}.get(compare)
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
+    if args.plot and not args.report and importlib.util.find_spec("matplotlib") is None:
         p.error("--plot needs the package matplotlib: pip install matplotlib")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.dtype = args.dtype and getattr(torch, args.dtype)
