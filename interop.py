@@ -33,21 +33,20 @@ def read_peft(source, model: nn.Module | None) -> tuple[dict[str, nn.Module], di
         from peft import get_peft_model_state_dict
         if not hasattr(source, "peft_config"):
             raise ValueError(f"a {type(source).__name__} is not a PeftModel; of a folder that peft wrote: from_peft(folder, base_model)")
-        if merged := [n for n, m in source.named_modules() if getattr(m, "merged_adapters", None)]:
-            raise ValueError(f"layer {merged[0].removeprefix('base_model.model.')!r} has its adapter merged: source.unmerge_adapter() first")
+        named = {n.removeprefix("base_model.model."): m for n, m in source.named_modules()}
+        if merged := [n for n, m in named.items() if getattr(m, "merged_adapters", None)]:
+            raise ValueError(f"layer {merged[0]!r} has its adapter merged: source.unmerge_adapter() first")
         if len(source.peft_config) > 1:
             raise ValueError(f"the peft model has several adapters: {', '.join(source.peft_config)}; delete all but one")
         [(adapter, config)] = source.peft_config.items()
-        for n, m in source.named_modules():
+        for n, m in named.items():
             if adapter in getattr(m, "scaling", ()) and "LORA" in str(config.peft_type):
                 r = m.r[adapter] ** (0.5 if config.use_rslora else 1)
                 if abs(m.scaling[adapter] * r - m.lora_alpha[adapter]) > 1e-6 * m.lora_alpha[adapter]:
-                    raise ValueError(f"layer {n.removeprefix('base_model.model.')!r} is scaled by hand: unscale_layer() first")
+                    raise ValueError(f"layer {n!r} is scaled by hand: unscale_layer() first")
         config, tensors = config.to_dict(), {k: v.clone() for k, v in get_peft_model_state_dict(source).items()}
-        supports = {n.removeprefix("base_model.model."): m._psoft_A_cache[adapter].mT.clone()
-                    for n, m in source.named_modules() if hasattr(m, "_psoft_A_cache")}
-        modules = {n.removeprefix("base_model.model."): m.get_base_layer() if hasattr(m, "get_base_layer") else m
-                   for n, m in source.named_modules()}
+        supports = {n: m._psoft_A_cache[adapter].mT.clone() for n, m in named.items() if hasattr(m, "_psoft_A_cache")}
+        modules = {n: m.get_base_layer() if hasattr(m, "get_base_layer") else m for n, m in named.items()}
         unload = source.unload
     else:
         if model is None:

@@ -524,7 +524,7 @@ class Shared:
         z = self.z
         self.waiting.remove(layer)
         if not self.waiting:                                                  # the last layer has it: hold nothing
-            self.seen = self.z = None
+            self.drop()
         return z
 
 

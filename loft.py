@@ -583,7 +583,7 @@ def adapt(model: nn.Module, targets: Targets = None, *, method: str = "loft", ra
 def _build(base: nn.Module, name: str, method: str, side: str, P: Tensor | None, magnitude: bool, transform: str, options: dict,
            dtype: torch.dtype | None = None) -> LOFTLinear:
     """One wrapped layer, in the precision of its weight (float32 at least) and on its device."""
-    _require(_device(base).type != "meta", "it is on the meta device, which keeps no values; give the model its weights first")
+    _require_values(base)
     groups = getattr(base, "groups", 1)
     _require(groups == 1, f"a convolution with groups={groups} has no one input side to rotate; leave it out of targets")
     if dtype is None:
@@ -1021,7 +1021,7 @@ def _resolve_support(name: str, base: nn.Module, side: str, support, rank, trans
              f"kind={support!r}), then adapt(model, support=P)")
     _require(_weight(base) is not None, f"a {type(base).__name__} has no floating weight for support={support!r}; give a tensor")
     W = _matrix(base) if side == "input" else _matrix(base).mT
-    _require(not W.is_meta, "it is on the meta device, which keeps no values; give the model its weights first")
+    _require_values(base)
     P = (principal(W, r, svd) if support == "principal" else random(W, r) if support == "random" else
          _beside("selectors").minor(W, r))
     return P, {"gauge": (W.to(P.dtype) @ P).norm(dim=0).sqrt()} if symmetric else {}   # √σ_i, σ_i = ‖W0 p_i‖
@@ -1110,6 +1110,10 @@ def _beside(name: str):
 def _require(condition, otherwise: str) -> None:
     if not condition:
         raise ValueError(otherwise)
+
+
+def _require_values(base: nn.Module) -> None:
+    _require(_device(base).type != "meta", "it is on the meta device, which keeps no values; give the model its weights first")
 
 
 def _require_parameters(rotation: nn.Module) -> None:

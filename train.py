@@ -397,8 +397,9 @@ def run(task: Task, cell: dict, before: dict, args, line: str) -> dict:
     generator = torch.Generator().manual_seed(1000 + seed)
     draws = [task.batch(generator, args.batch or task.size) for _ in range(args.calibration)]
     calibration = [to(batch, next(model.parameters()).device) for batch in draws[rank()::world()]]
-    if lines := read_rows(args.out / "metrics.jsonl"):                         # what came after the checkpoint comes again
-        kept = [line for line in lines if line["cell"] != stem(cell) or state and line["step"] <= state["step"]]
+    lines = read_rows(args.out / "metrics.jsonl")                              # what came after the checkpoint comes again
+    kept = [line for line in lines if line["cell"] != stem(cell) or state and line["step"] <= state["step"]]
+    if len(kept) < len(lines):
         write(args.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     cost = state["cost"] if state else NOTHING_CHOSEN
     if state and "adapter" in state["weights"]:
