@@ -22,9 +22,9 @@ Known methods are choices of P and T (d: the rotated dimension, b: a block, m: s
     hra     span of learned u_1 … u_k   k reflections                  k d            Householder
     lora    none: W0 + B A, no rotation, for comparison                r(in + out)    LoRA
 
-    model = loft.adapt(model, rank=32)       # in place: the base is frozen, rotations train
+    loft.adapt(model, rank=32)               # in place: the base is frozen, rotations train
     loft.save(model, "adapter.pt")           # loft.load(model, "adapter.pt")
-    model = loft.merge(model)                # plain layers again
+    loft.merge(model)                        # plain layers again
 
 The order: maps (a skew matrix → T − I), the rotation, the layer; every transform, and the methods;
 then functions of a model. The file stands alone on torch ≥ 2.6 and can be copied by itself.
@@ -37,6 +37,7 @@ import copy
 import hashlib
 import importlib
 import io
+import math
 import os
 import re
 import warnings
@@ -50,7 +51,6 @@ from torch import Tensor, nn
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
 
 SIDES = ("input", "output")
-
 
 # --------------------------------------------------------------------------------------------------
 # Maps: a skew Q (…, b, b) → T − I. The difference, not T: it is exactly 0 at Q = 0, and no digits
@@ -94,7 +94,7 @@ def cayley_neumann(Q, terms = 5):
 
 
 def polish(D):
-    """Restores TᵀT = I, of which a huge Q costs digits: twice T ← T (I − ½(TᵀT − I)), Newton–Schulz.
+    """Restores TᵀT = I, of which a huge Q costs digits: two Newton–Schulz T ← T (I − ½(TᵀT − I)).
 
     Along the orthogonal group its derivative is the identity, so autograd passes it by.
     """
@@ -145,6 +145,7 @@ class Rotation(Adapter):
         self.register_buffer("P", P)
         self.transform = TRANSFORMS[transform](self.r, **options).to(dtype)
         self.scale = nn.Parameter(torch.zeros(2, self.r, dtype=dtype)) if scale else None
+        self.orthogonal = self.transform.orthogonal and not scale        # by construction
 
     def forward(self, x, bias=None):
         """x Rᵀ = x + x P (T − I)ᵀ Pᵀ; around a bias b (d,), (x − b) Rᵀ + b. Autograd keeps x P."""
@@ -182,9 +183,8 @@ class LOFTLinear(nn.Module):
     """A frozen linear layer, rotated: y = base(x Rᵀ) on the input side, base(x) Rᵀ on the output.
 
     `base` is any module that is affine in its rows and has in_features and out_features, or is
-    transformers' Conv1D; a quantised one is rotated on its activations. `weight` and `bias` read as
-    the merged layer's, for code that takes them and never calls forward. magnitude=True also learns
-    a scale of every output.
+    transformers' Conv1D; quantised ones are rotated on their activations. `weight` reads as the
+    merged layer's, for code that never calls forward. magnitude=True also learns output scales.
     """
 
     fused = False                                        # True where kernels.py put its fast twin
@@ -222,17 +222,6 @@ class LOFTLinear(nn.Module):
     nf = property(lambda self: self.base.nf)             # marks Conv1D, whose weight is transposed
 
     @property
-    def mergeable(self):
-        """Whether the base keeps a floating weight as a parameter of its own."""
-        return floating(self.base) and "weight" in self.base._parameters
-
-    @property
-    def orthogonal(self):
-        """Whether R is so by construction."""
-        R = self.rotation
-        return self.method != "lora" and R.scale is None and R.transform.orthogonal
-
-    @property
     def settings(self):
         """All that `wrap` needs to build this layer again, but P."""
         return dict(method=self.method, side=self.side, magnitude=self.magnitude is not None,
@@ -262,7 +251,7 @@ class Transform(nn.Module):
     def factors(self):
         with torch.autocast(self.theta.device.type, enabled=False):
             parts = self.compute(wide(self.theta))
-        return tuple(t.to(at_least_float32(self.theta)) for t in parts)
+        return [t.to(self.theta.dtype) for t in parts]
 
     def regularizer(self):
         return 0.0
@@ -274,19 +263,19 @@ class Skew(Transform):
     One block of size r: `cayley`, `expm`, `cayley_neumann`. One stage of r/b blocks: `block` (OFT,
     arXiv 2306.07280, eq. 2). m stages, of which stage s joins half-blocks that lie 2^s half-blocks
     apart: `butterfly` (BOFT, arXiv 2311.06243, eq. 4).
-    Options: block_size b, a divisor of r (default: the largest up to `most`, or r); stages m; map, a
-    name in `MAPS`; terms of the series; bound of each ‖Q‖_F (COFT's ε, OFTv2's norm bound); share one
-    Q between the blocks of a stage. theta: (m, r/b or 1, b(b−1)/2), zero at the start.
+    Options: block_size b, a divisor of r (default: r, or its greatest common divisor with `most`);
+    stages m; map, a name in `MAPS`; terms of the series; bound of each ‖Q‖_F (COFT's ε, OFTv2's
+    norm bound); share one Q between a stage's blocks. theta: (m, r/b or 1, b(b−1)/2), zero.
     """
 
     def __init__(self, r, block_size=None, stages=1, map="cayley", terms=5, bound=None, share=False,
                  most=None):
+        halves = 2 ** (stages - 1)
+        common = max(1, math.gcd(r, (most or r) * halves) // halves)
+        b = block_size or common
         one_of("map", map, MAPS)
-        fits = [b for b in range(1, r + 1) if r % (b * 2 ** (stages - 1)) == 0]
-        fits = [b for b in fits if b % 2 == 0 or stages == 1]
-        b = block_size or max((b for b in fits if b <= (most or r)), default=0)
-        require(b in fits, f"block_size={b} with stages={stages}: block_size·2^(stages−1) has to "
-                f"divide {r}, and be even for stages > 1; these fit: {fits}")
+        require(r % (b * halves) == 0 and (b % 2 == 0 or stages == 1), f"block_size={b} with stages="
+                f"{stages}: b·2^(m−1) has to divide {r}, b to be even for m > 1; try {common}")
         require(terms >= 2, f"terms={terms}: the series has 2 at least, I + 2Q")
         require(bound is None or bound > 0, f"bound={bound} must be positive, or None")
         super().__init__(r, torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
@@ -296,8 +285,8 @@ class Skew(Transform):
     def compute(self, theta):
         Q = skew(theta, self.b)                          # (…, m, r/b or 1, b, b)
         if self.bound:                                   # Q ← Q min(1, bound / ‖Q‖_F)
-            square = Q.square().sum((-2, -1), keepdim=True).clamp(min=self.bound ** 2)
-            Q = Q * (self.bound * square.rsqrt())
+            norm = torch.linalg.matrix_norm(Q, keepdim=True)
+            Q = Q * (self.bound / norm.clamp(min=self.bound))
         return self.map(Q),
 
     def act(self, z, D):
@@ -376,10 +365,11 @@ class Householder(Transform):
         v = nn.functional.normalize(u, dim=-2)
         a, b = v[..., 0::2], v[..., 1::2]
         V = torch.stack([a, b - a], -1).flatten(-2)
-        G = V.mT @ V                                     # S = upper G + ½ diag G + ½ [[0, 1], [−1, 0]]
-        half = (torch.arange(1, G.shape[-1], device=u.device) % 2 / 2).to(G.dtype)
-        pairs = torch.diag(half, 1) - torch.diag(half, -1)
-        return V, torch.linalg.inv((G.triu() + G.triu(1)) / 2 + pairs)
+        pair = torch.arange(V.shape[-1], device=u.device) // 2
+        pair = (pair[:, None] == pair).to(V.dtype)
+        G = V.mT @ V                                     # S = upper G + ½ diag G + ½ [[0,1],[−1,0]]
+        S = G.triu() + G.triu(1) + pair.triu(1) - pair.tril(-1)
+        return V, 2 * torch.linalg.inv(S)
 
     def act(self, z, V, K):
         return -((z @ V) @ K.mT) @ V.mT
@@ -391,7 +381,7 @@ class Householder(Transform):
 
 
 TRANSFORMS = {
-    "cayley": partial(Skew, map="cayley"),
+    "cayley": Skew,
     "expm": partial(Skew, map="expm"),
     "cayley_neumann": partial(Skew, map="cayley_neumann", bound=0.9),
     "block": partial(Skew, most=32),
@@ -414,6 +404,8 @@ class Magnitude(Adapter):
 
 class LoRA(Adapter):
     """Rows x to x Aᵀ Bᵀ: A (r, in) Gaussian, B (out, r) zero (arXiv 2106.09685, with α = r)."""
+
+    orthogonal = False
 
     def __init__(self, d, out, rank=8, dtype=torch.float32):
         super().__init__()
@@ -453,10 +445,9 @@ def principal(W, r):
     """Top r right singular vectors of W (out, in) → P (in, r), float32 or wider: PSOFT's support.
 
     Of large weights (min(out, in) > 2048 and > 8 r) by torch.svd_lowrank with six iterations.
-    Beyond min(out, in) it goes on into the null space. ValueError: W is not finite.
+    Beyond min(out, in) it goes on into the null space. RuntimeError: W is not finite.
     """
     W, short = W.detach().to(at_least_float32(W)), min(W.shape)
-    require(W.isfinite().all(), "its weight is not finite")
     if short > max(2048, 8 * r):
         return torch.svd_lowrank(W, q=r + 16, niter=6)[2][:, :r].contiguous()
     return torch.linalg.svd(W, full_matrices=r > short)[2][:r].mT.contiguous()
@@ -471,19 +462,18 @@ def random(W, r):
 # --------------------------------------------------------------------------------------------------
 # Functions of a model: adapt
 
-def adapt(model, targets=None, *, method="loft", rank=None, support=None,
-          transform=None, side="input", magnitude=False,
-          trainable=(), seed=0, backend="eager", **options):
+def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="input",
+          magnitude=False, trainable=(), seed=0, backend="eager", **options):
     """Wraps linear layers of `model` in rotations, in place, and freezes the rest. Outputs stay.
 
     Args:
         targets: a regex searched in layer names, a list of names or parts of them, or a callable
-            (name, module) → bool. Default: a support dict's keys, else all but heads.
+            (name, module) → bool. Default: a support dict's keys, else all but output heads.
         method: a name in `METHODS`: defaults of support, transform and options.
         rank: r (or lora's), default 32; a smaller layer takes its dimension, with a warning.
         support: "principal", "random", "all" (coordinates), a tensor P (d, r), or {layer: P}, as
             `selectors.select` chooses it from data.
-        transform: a name in `TRANSFORMS`. options: its own (block_size, bound, …), and `scale`.
+        options: transform, a name in `TRANSFORMS`, and its own (block_size, bound, …); scale.
         side: "input" (W0 R) or "output" (R W0). magnitude: also learn a scale of every output.
         trainable: what else trains, a regex or list of parameter names (a new head, say).
         seed: of random supports and reflections. backend: "eager", or "fused" (kernels.py).
@@ -494,16 +484,18 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None,
     one_of("side", side, SIDES)
     one_of("backend", backend, ("eager", "fused"))
     require(not layers(model), "the model is adapted already: loft.merge it first")
-    given = dict(support=support, transform=transform) | options
-    config = METHODS[method] | {k: v for k, v in given.items() if v is not None}
-    support = config.pop("support")
+    config = METHODS[method] | options
+    default = config.pop("support")
+    support = default if support is None else support
     if method == "lora":
         config["rank"] = rank or 8
     require(rank is None or support is None or isinstance(support, str),
             f"rank={rank}, but a support given as tensors has its own: leave it out")
-    found = target_layers(model, support if targets is None and isinstance(support, dict) else targets)
+    if isinstance(support, dict) and targets is None:
+        targets = lambda name, module: name in support
+    found = target_layers(model, targets)
     supports = support if isinstance(support, dict) else dict.fromkeys(found, support)
-    require(found.keys() <= supports.keys(), f"no support given for {found.keys() - supports}")
+    require(found.keys() == supports.keys(), f"supports of {list(supports)}, not {list(found)}")
     parameters = plain_parameters(model)
     keep = {id(parameters[n]) for n in matches("trainable", trainable or [], parameters)}
 
@@ -528,8 +520,8 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None,
 
 def own_support(base, d, side, name, r):
     """The support called `name` of one layer, P (d, r), or None: all coordinates."""
-    require(name in ("principal", "random", "all"), f"support={name!r} is none of principal, random, "
-            "all, a tensor, a dict of tensors; from data: P = selectors.select(model, batches, loss_fn, "
+    require(name in ("principal", "random", "all"), f"support={name!r} is no principal, random, "
+            "all, tensor or dict of tensors; from data: P = selectors.select(model, batches, loss_fn, "
             "rank), then adapt(model, support=P)")
     if name == "all":
         require(r is None, f"rank={r} means nothing to all coordinates: the transform's options "
@@ -580,9 +572,6 @@ def target_layers(model, targets=None):
         heads.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
         names = [n for n, m in linear.items() if n.split(".")[-1] not in HEADS
                  and not heads & {id(m), id(getattr(m, "weight", None))}]
-    elif isinstance(targets, dict):
-        names = list(targets)
-        require(linear.keys() >= targets.keys(), f"no linear layer is called {targets.keys() - linear}")
     elif callable(targets):
         names = [n for n, m in linear.items() if targets(n, m)]
     else:
@@ -592,8 +581,8 @@ def target_layers(model, targets=None):
 
 
 def layers(model):
-    """(name in the plain model, layer) of every adapted layer."""
-    return [(n, m) for n, m in modules(model).items() if isinstance(m, LOFTLinear)]
+    """{name in the plain model: layer} of every adapted layer."""
+    return {n: m for n, m in modules(model).items() if isinstance(m, LOFTLinear)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -638,11 +627,12 @@ def disabled(model):
 
 @torch.no_grad()
 def rotated_weights(model):
-    """{layer: its rotated weight}; ValueError where one has none to merge into, or is not finite."""
+    """{layer: its rotated weight}; ValueError where there is none, or it is not finite."""
     weights = {}
     for n, layer in adapted(model).items():
-        require(layer.mergeable, f"layer {n!r}: a {type(layer.base).__name__} has no floating weight "
-                "of its own to merge into (it is quantised, or computed anew); keep it adapted")
+        W = layer.base._parameters.get("weight")
+        require(W is not None and W.is_floating_point(), f"layer {n!r}: no floating weight of its own "
+                f"to merge into: a {type(layer.base).__name__}, quantised or computed anew")
         weights[layer] = layer.weight
         require(weights[layer].isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
     return weights
@@ -650,13 +640,12 @@ def rotated_weights(model):
 
 @torch.no_grad()
 def orthogonality_error(model):
-    """{layer: max |RᵀR − I| on its support, in float64}; NaN for lora.
+    """{layer: max |RᵀR − I| on its support, in float64}; not of lora.
 
     With D = T − I, Pᵀ(RᵀR − I)P = D + Dᵀ + (PD)ᵀ(PD).
     """
     errors = {}
     for n, layer in adapted(model).items():
-        errors[n] = float("nan")
         if layer.method != "lora":
             D, P = layer.rotation.difference().double(), layer.rotation.P
             PD = D if P is None else P.double() @ D
@@ -669,29 +658,23 @@ def regularizer(model):
     return sum(m.regularizer() for m in model.modules() if isinstance(m, Transform))
 
 
-def check(model, batch, loss_fn=None):
+def check(model, batch, loss_fn):
     """{layer: what is wrong with it}; empty where all get a finite gradient and are orthogonal.
 
-    `batch` is what loss_fn(model, batch) takes; without one, what the model takes, a tensor or a
-    dict of keywords, and the gradient is that of a linear function of the output.
+    loss_fn(model, batch) → scalar is the loss of training, as in `selectors.select`.
     """
-    wrong, errors, loss = {}, orthogonality_error(model), 0
+    wrong, errors = {}, orthogonality_error(model)
     with torch.enable_grad():
-        out = (loss_fn(model, batch) if loss_fn else
-               model(**batch) if isinstance(batch, dict) else model(batch))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if torch.is_tensor(t) and t.requires_grad:
-                t = t.flatten().double().cpu()
-                loss = loss + t @ torch.linspace(-1, 1, len(t) + 1).double()[1:]
-    for n, layer in layers(model):
+        loss = loss_fn(model, batch)
+    for n, layer in layers(model).items():
         theta, g = next(layer.rotation.parameters()), None
-        if theta.requires_grad and torch.is_tensor(loss):
+        if theta.requires_grad and loss.requires_grad:
             g, = torch.autograd.grad(loss, theta, retain_graph=True, allow_unused=True)
         if g is None:
             wrong[n] = "no gradient reaches it: bypassed, frozen, or not used for this batch"
         elif not g.isfinite().all():
             wrong[n] = "its gradient is not finite"
-        elif layer.orthogonal and not errors[n] <= 1e-5:
+        elif layer.rotation.orthogonal and not errors[n] <= 1e-5:
             wrong[n] = f"|RᵀR − I| = {errors[n]:.0e}"
     return wrong
 
@@ -737,28 +720,27 @@ def load(model, path):
 def payload(model):
     """What `save` writes: settings of the layers, and tensors by their names in the plain model."""
     found = adapted(model)
-    state = {n: p for n, p in plain_parameters(model).items() if p.requires_grad} | adapter_state(found)
-    return dict(format=FORMAT, layers={n: layer.settings for n, layer in found.items()},
-                state={n: t.detach().cpu() for n, t in state.items()})
+    trained = {n: p for n, p in plain_parameters(model).items() if p.requires_grad}
+    state = {n: t.detach().cpu() for n, t in (trained | adapter_state(found)).items()}
+    return dict(format=FORMAT, layers={n: m.settings for n, m in found.items()}, state=state)
 
 
 def attach(model, found):
     """Puts a `payload` on the model, or into its adapter: all of it, or ValueError and nothing."""
-    there, old, state = modules(model), dict(layers(model)), found["state"]
+    there, new, state, old = modules(model), {}, found["state"], layers(model)
     has = {n: layer.settings for n, layer in old.items()}
     require(has in ({}, found["layers"]), f"{found['layers']} in the file, {has} in the model")
-    new = dict(old)
     for n, settings in found["layers"].items():
         with naming(n), torch.random.fork_rng(devices=[]):
             require(n in there and shape(there[n]), "the model has no such linear layer")
             P = state.get(f"{n}.rotation.P".lstrip("."))
-            new[n] = old[n] if old else wrap(there[n], P, **settings)
+            new[n] = old.get(n) or wrap(there[n], P, **settings)
     adapters = adapter_state(new)
     own = plain_parameters(model) | adapters
     require(adapters.keys() <= state.keys(), f"it lacks {', '.join(adapters.keys() - state)}")
     for n, value in state.items():
         has = own[n].shape if n in own else None
-        require(has == value.shape, f"{n!r} is {tuple(value.shape)} in the file, {has} in the model")
+        require(has == value.shape, f"{n!r} is {value.shape} in the file, {has} in the model")
 
     if not old:
         model.requires_grad_(False)
@@ -808,11 +790,13 @@ def plain_parameters(model):
 def matches(what, wanted, names):
     """The names that a regex finds, or a list means: entries are one or more parts of a name."""
     entries = [wanted] if isinstance(wanted, str) else wanted
-    finds = re.search if isinstance(wanted, str) else (lambda entry, n: f".{entry}." in f".{n}.")
-    found = {entry: [n for n in names if finds(entry, n)] for entry in entries}
-    for entry in entries:
-        require(found[entry], f"{what}: {entry!r} matches none of {', '.join(list(names)[:8])}, …")
-    return [n for n in names if any(n in each for each in found.values())]
+
+    def hit(entry, name):
+        return re.search(entry, name) if entry is wanted else f".{entry}." in f".{name}."
+
+    for e in entries:
+        require(any(hit(e, n) for n in names), f"{what}: {e!r} is in none of {list(names)[:8]}, …")
+    return [n for n in names if any(hit(e, n) for e in entries)]
 
 
 def replace(model, new):
@@ -824,7 +808,7 @@ def replace(model, new):
 
 
 def adapted(model):
-    found = dict(layers(model))
+    found = layers(model)
     require(found, "the model is not adapted: call loft.adapt or loft.load first")
     return found
 
@@ -847,7 +831,7 @@ def matrix(module):
 
 
 def wide(x):
-    return x.float() if x.device.type == "mps" else x.double()
+    return x.float() if x.is_mps else x.double()
 
 
 def at_least_float32(x):
@@ -873,7 +857,7 @@ def naming(name):
     """Errors inside say which layer they are about."""
     try:
         yield
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RuntimeError) as e:
         raise type(e)(f"layer {name!r}: {e}") from None
 
 
@@ -882,20 +866,19 @@ def naming(name):
 
 def demo():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).double()
-    x = torch.randn(32, 64, dtype=torch.float64)
+    base, x = nn.Linear(64, 96).double(), torch.randn(32, 64).double()
     print("method  parameters  at start  |RᵀR − I|  |σ(W) − σ(W0)|  |merged − adapted|")
     for method in METHODS:
-        model = adapt(copy.deepcopy(net), ["0", "2"], method=method)
-        start = (model(x) - net(x)).abs().max()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
+        layer = adapt(copy.deepcopy(base), method=method)
+        start = (layer(x) - base(x)).abs().max()
+        theta = [*layer.rotation.parameters()]
+        for p in theta:
             nn.init.normal_(p, std=0.3)
-        y, error = model(x), orthogonality_error(model)["0"]
-        W, W0 = merge(model)[0].weight, net[0].weight
-        sigma = (torch.linalg.svdvals(W) - torch.linalg.svdvals(W0)).abs().max()
-        print(f"{method:6}{sum(p.numel() for p in trained):12}{start:10.0e}{error:11.0e}{sigma:16.0e}"
-              f"{(model(x) - y).abs().max():20.0e}")
+        y, W, error = layer(x), layer.weight, orthogonality_error(layer).get("", float("nan"))
+        sigma = (torch.linalg.svdvals(W) - torch.linalg.svdvals(base.weight)).abs().max()
+        gap = (merge(layer)(x) - y).abs().max()
+        print(f"{method:6}{sum(p.numel() for p in theta):12}{start:10.0e}{error:11.0e}{sigma:16.0e}"
+              f"{gap:20.0e}")
 
 
 if __name__ == "__main__":
