@@ -118,7 +118,7 @@ class Adapter(nn.Module):
     def _apply(self, fn, recurse=True):
         def keep(t):
             new = fn(t)
-            return t.to(new.device) if new.dtype in (torch.float16, torch.bfloat16) else new
+            return new if new.dtype.itemsize >= 4 else t.to(new.device)
         return super()._apply(keep, recurse)
 
 
@@ -253,9 +253,6 @@ class Transform(nn.Module):
             parts = self.compute(wide(self.theta))
         return [t.to(self.theta.dtype) for t in parts]
 
-    def regularizer(self):
-        return 0.0
-
 
 class Skew(Transform):
     """T = T_1 … T_m of blocks b × b, each the map of a skew matrix.
@@ -274,10 +271,10 @@ class Skew(Transform):
         common = max(1, math.gcd(r, (most or r) * halves) // halves)
         b = block_size or common
         one_of("map", map, MAPS)
-        require(r % (b * halves) == 0 and (b % 2 == 0 or stages == 1), f"block_size={b} with stages="
+        require(r % (b * halves) == 0 and (b % 2 == 0 or stages == 1), f"block_size={b}, stages="
                 f"{stages}: b·2^(m−1) has to divide {r}, b to be even for m > 1; try {common}")
-        require(terms >= 2, f"terms={terms}: the series has 2 at least, I + 2Q")
-        require(bound is None or bound > 0, f"bound={bound} must be positive, or None")
+        require(terms >= 2 and (bound is None or bound > 0), f"terms={terms} must be 2 (I + 2Q) or "
+                f"more, bound={bound} positive or None")
         super().__init__(r, torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
         self.b, self.bound, self.orthogonal = b, bound, map != "cayley_neumann"
         self.map = MAPS[map] if self.orthogonal else partial(cayley_neumann, terms=terms)
@@ -333,10 +330,10 @@ class Givens(Transform):
         n = y.shape[-1] // 2
         if n == 0:
             return y
-        a, b, rest = y[..., 0:2 * n:2], y[..., 1:2 * n:2], y[..., 2 * n:]
+        a, b = y[..., :2 * n].unflatten(-1, (n, 2)).unbind(-1)
         aa, ab, ba, bb = D[:n].unbind(-1)
         first, second = a + (a * aa + b * ba), b + (a * ab + b * bb)     # (a, b) ← (a, b) G
-        first = self.tree(torch.cat([first, rest], -1), D[n:])
+        first = self.tree(torch.cat([first, y[..., 2 * n:]], -1), D[n:])
         pairs = torch.stack([first[..., :n], second], -1).flatten(-2)
         return torch.cat([pairs, first[..., n:]], -1)
 
@@ -459,6 +456,9 @@ def random(W, r):
     return torch.linalg.qr(X)[0].to(W.device)
 
 
+SUPPORTS = {"principal": principal, "random": random}
+
+
 # --------------------------------------------------------------------------------------------------
 # Functions of a model: adapt
 
@@ -520,18 +520,17 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
 
 def own_support(base, d, side, name, r):
     """The support called `name` of one layer, P (d, r), or None: all coordinates."""
-    require(name in ("principal", "random", "all"), f"support={name!r} is no principal, random, "
-            "all, tensor or dict of tensors; from data: P = selectors.select(model, batches, loss_fn, "
-            "rank), then adapt(model, support=P)")
     if name == "all":
         require(r is None, f"rank={r} means nothing to all coordinates: the transform's options "
                 "(block_size, stages, reflections) set its size")
         return None
-    r = min(32 if r is None else r, d)
-    require(r >= 1, f"rank={r} must be an int ≥ 1")
+    require(name in SUPPORTS, f"support={name!r} is none of principal, random, all, a tensor, a dict "
+            "of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
+            "adapt(model, support=P)")
     require(floating(base), f"its weight cannot be read; support={name!r} needs it: give a tensor")
-    W = matrix(base) if side == "input" else matrix(base).mT
-    return (principal if name == "principal" else random)(W, r)
+    r = 32 if r is None else r
+    require(r >= 1, f"rank={r} must be an int ≥ 1")
+    return SUPPORTS[name](matrix(base) if side == "input" else matrix(base).mT, min(r, d))
 
 
 def wrap(base, P, *, method, side, magnitude, **config):
@@ -631,8 +630,8 @@ def rotated_weights(model):
     weights = {}
     for n, layer in adapted(model).items():
         W = layer.base._parameters.get("weight")
-        require(W is not None and W.is_floating_point(), f"layer {n!r}: no floating weight of its own "
-                f"to merge into: a {type(layer.base).__name__}, quantised or computed anew")
+        require(W is not None and W.is_floating_point(), f"layer {n!r}: no floating weight of its "
+                f"own to merge into: a {type(layer.base).__name__}, quantised or computed anew")
         weights[layer] = layer.weight
         require(weights[layer].isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
     return weights
@@ -655,7 +654,7 @@ def orthogonality_error(model):
 
 def regularizer(model):
     """The papers' soft orthogonality (HRA, qGOFT), summed, to add to the loss; 0 for the others."""
-    return sum(m.regularizer() for m in model.modules() if isinstance(m, Transform))
+    return sum(m.regularizer() for m in model.modules() if hasattr(m, "regularizer"))
 
 
 def check(model, batch, loss_fn):
@@ -708,13 +707,10 @@ def load(model, path):
     """
     data = Path(path).read_bytes()
     intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(intact, f"{path} is no LOFT adapter, or damaged")
-    try:
-        found = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        require(found["format"] == FORMAT, f"it is of format {found['format']!r}, not {FORMAT!r}")
-        return attach(model, found)
-    except Exception as e:                               # torch.load's own, or nonsense in the file
-        raise ValueError(f"{path} is no LOFT adapter, or does not fit this model: {e}") from e
+    require(intact, f"{path} is damaged, or no LOFT adapter")
+    found = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    require(found["format"] == FORMAT, f"{path} is of format {found['format']!r}, not {FORMAT!r}")
+    return attach(model, found)
 
 
 def payload(model):
