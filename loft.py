@@ -33,7 +33,6 @@ then functions of a model. The file stands alone on torch ≥ 2.6 and can be cop
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import importlib
 import io
@@ -81,15 +80,14 @@ def expm(Q):
     return polish(torch.linalg.matrix_exp(Q) - eye(Q))
 
 
-def cayley_neumann(Q, terms = 5):
+def cayley_neumann(Q, terms=5):
     """T − I for T ≈ (I + Q)(I + Q + … + Q^(terms−2)) (OFTv2, arXiv 2506.19847): no solve.
 
     Orthogonal only up to ‖TᵀT − I‖ = O(‖Q‖^(terms−1)), for ‖Q‖ < 1.
     """
-    power, D = Q, 2 * Q
-    for k in range(2, terms):                            # terms = 5:  2Q + 2Q² + 2Q³ + Q⁴
-        power = power @ Q
-        D = D + (2 if k < terms - 1 else 1) * power
+    D = Q if terms > 2 else 2 * Q
+    for _ in range(terms - 2):                           # terms = 5:  2Q + 2Q² + 2Q³ + Q⁴
+        D = 2 * Q + Q @ D
     return D
 
 
@@ -159,9 +157,9 @@ class Rotation(Adapter):
         """z (T − I)ᵀ for z (…, r), scaling vectors included."""
         if self.scale is None:
             return self.transform(z)
-        a, b = self.scale
-        h = self.transform(z + z * a.to(z.dtype))
-        return h + h * b.to(z.dtype) + z * (a + b + a * b).to(z.dtype)
+        a, b = self.scale.to(z.dtype)
+        h = self.transform(z + z * a)                    # z diag(1 + α) Tᵀ diag(1 + β) − z
+        return h + h * b + z * (a + b + a * b)
 
     def difference(self):
         """T − I (r, r), scaling vectors included."""
@@ -171,11 +169,11 @@ class Rotation(Adapter):
 
     def rotate(self, W, side):
         """W R (side="input") or R W ("output") of a weight (out, in), in theta's dtype."""
-        D, P = self.difference(), self.P
-        W = W.to(D.dtype)
+        W = W.to(self.transform.theta.dtype)
         with torch.autocast(W.device.type, enabled=False):
             if side == "output":
                 return self(W.mT).mT                     # (Wᵀ Rᵀ)ᵀ
+            D, P = self.difference(), self.P
             return W + (W @ D if P is None else (W @ P) @ D @ P.mT)
 
 
@@ -282,8 +280,8 @@ class Skew(Transform):
     def compute(self, theta):
         Q = skew(theta, self.b)                          # (…, m, r/b or 1, b, b)
         if self.bound:                                   # Q ← Q min(1, bound / ‖Q‖_F)
-            norm = torch.linalg.matrix_norm(Q, keepdim=True)
-            Q = Q * (self.bound / norm.clamp(min=self.bound))
+            square = Q.square().sum((-2, -1), keepdim=True).clamp(min=self.bound ** 2)
+            Q = Q * (self.bound * square.rsqrt())        # smooth at Q = 0, which a norm is not
         return self.map(Q),
 
     def act(self, z, D):
@@ -497,7 +495,7 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     supports = support if isinstance(support, dict) else dict.fromkeys(found, support)
     require(found.keys() == supports.keys(), f"supports of {list(supports)}, not {list(found)}")
     parameters = plain_parameters(model)
-    keep = {id(parameters[n]) for n in matches("trainable", trainable or [], parameters)}
+    keep = matches("trainable", trainable or [], parameters)
 
     new, small = {}, []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -512,8 +510,9 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
                 new[base] = wrap(base, P, method=method, side=side, magnitude=magnitude, **config)
     if small:
         warnings.warn(f"rank={rank} exceeds the dimension, which is taken, of {', '.join(small)}")
-    for p in model.parameters():                         # from here on nothing fails
-        p.requires_grad_(id(p) in keep)
+    model.requires_grad_(False)                          # from here on nothing fails
+    for n in keep:
+        parameters[n].requires_grad_(True)
     model = replace(model, new)
     return beside("kernels").fuse(model) if backend == "fused" else model
 
@@ -524,8 +523,8 @@ def own_support(base, d, side, name, r):
         require(r is None, f"rank={r} means nothing to all coordinates: the transform's options "
                 "(block_size, stages, reflections) set its size")
         return None
-    require(name in SUPPORTS, f"support={name!r} is none of principal, random, all, a tensor, a dict "
-            "of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
+    require(name in SUPPORTS, f"support={name!r} is none of principal, random, all, a tensor, a dict"
+            " of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
             "adapt(model, support=P)")
     require(floating(base), f"its weight cannot be read; support={name!r} needs it: give a tensor")
     r = 32 if r is None else r
@@ -549,7 +548,7 @@ def wrap(base, P, *, method, side, magnitude, **config):
 
 def check_support(P, d):
     """A copy of a valid support; otherwise a ValueError."""
-    require(P.ndim == 2 and P.shape[0] == d and 1 <= P.shape[1] <= d,
+    require(P.ndim == 2 and len(P) == d >= P.shape[1] > 0,
             f"the support has shape {tuple(P.shape)}, expected ({d}, r) with r ≤ {d}")
     gram = wide(P).mT @ wide(P)
     error = (gram - eye(gram)).abs().max().item()
@@ -743,9 +742,7 @@ def attach(model, found):
         model = replace(model, {there[n]: layer for n, layer in new.items()})
     with torch.no_grad():
         for n, value in state.items():                   # in place: an optimizer may hold them
-            own[n].copy_(value)
-            if n not in adapters:
-                own[n].requires_grad_(True)
+            own[n].copy_(value).requires_grad_(True)
     return model
 
 
@@ -865,16 +862,16 @@ def demo():
     base, x = nn.Linear(64, 96).double(), torch.randn(32, 64).double()
     print("method  parameters  at start  |RᵀR − I|  |σ(W) − σ(W0)|  |merged − adapted|")
     for method in METHODS:
-        layer = adapt(copy.deepcopy(base), method=method)
-        start = (layer(x) - base(x)).abs().max()
-        theta = [*layer.rotation.parameters()]
+        before, sigma0 = base(x), torch.linalg.svdvals(base.weight)
+        layer = adapt(base, method=method)
+        start, theta = (layer(x) - before).abs().max(), [*layer.rotation.parameters()]
         for p in theta:
             nn.init.normal_(p, std=0.3)
-        y, W, error = layer(x), layer.weight, orthogonality_error(layer).get("", float("nan"))
-        sigma = (torch.linalg.svdvals(W) - torch.linalg.svdvals(base.weight)).abs().max()
-        gap = (merge(layer)(x) - y).abs().max()
+        y, error = layer(x), orthogonality_error(layer).get("", float("nan"))
+        base = merge(layer)
+        sigma = (torch.linalg.svdvals(base.weight) - sigma0).abs().max()
         print(f"{method:6}{sum(p.numel() for p in theta):12}{start:10.0e}{error:11.0e}{sigma:16.0e}"
-              f"{gap:20.0e}")
+              f"{(base(x) - y).abs().max():20.0e}")
 
 
 if __name__ == "__main__":
