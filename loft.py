@@ -569,11 +569,11 @@ def target_layers(model, targets=None):
         heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         heads.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
         names = [n for n, m in linear.items() if n.split(".")[-1] not in HEADS
-                 and not heads & {id(m), id(getattr(m, "weight", None))}]
+                 and not heads & {id(m), id(getattr(m, "weight", m))}]
     elif callable(targets):
         names = [n for n, m in linear.items() if targets(n, m)]
     else:
-        names = matches("targets", targets or "", linear)
+        names = matches("targets", "" if targets is None else targets, linear)
     require(names, f"no layer to adapt among the linear ones, {', '.join(linear)}: name targets")
     return {n: linear[n] for n in names}
 
@@ -813,8 +813,9 @@ def floating(module):
 
 def shape(module):
     """(in, out) of a linear layer; None of what is not one."""
-    if isinstance(getattr(module, "in_features", None), int):
-        return module.in_features, module.out_features
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if None not in features:
+        return features
     return tuple(module.weight.shape) if hasattr(module, "nf") and floating(module) else None
 
 

@@ -104,7 +104,7 @@ def skew(W, G, r):
 
 
 def planes(S, r):
-    """The strongest planes of a skew S (d, d) → basis (d, r), plane by plane, and σ in falling order.
+    """The strongest planes of a skew S (d, d) → basis (d, r), plane by plane, and their r // 2 falling σ.
 
     iS is Hermitian with eigenvalues ±σ_j. For a unit eigenvector v of +σ, √2 Re v and √2 Im v are a
     basis of the plane; where several σ are equal, singular vectors of S would tear planes apart. Of a
@@ -115,9 +115,8 @@ def planes(S, r):
         V, sigma = planes(Z.mT @ S @ Z, r)
         return Z @ V, sigma
     sigma, V = torch.linalg.eigh(1j * S)                     # ascending, −σ … +σ
-    V = V.flip(-1)[:, :(r + 1) // 2]
-    basis = torch.stack([V.real, V.imag], -1).flatten(-2)    # (d, 2⌈r/2⌉)
-    return torch.linalg.qr(basis[:, :r])[0], sigma.flip(-1)[:len(S) // 2]
+    basis = torch.view_as_real(V.flip(-1)).flatten(-2)       # Re v_1, Im v_1, Re v_2, …
+    return torch.linalg.qr(basis[:, :r])[0], sigma.flip(-1)[:r // 2]
 
 
 def score(W, G, P):
@@ -131,19 +130,17 @@ def skew_part(M):
 
 def axes(Y, r):
     """The columns of the identity where Y (d, k) has its longest rows → (d, r)."""
-    chosen = Y.norm(dim=1).topk(r).indices.sort().values
-    return torch.eye(len(Y), dtype=Y.dtype, device=Y.device)[:, chosen]
+    longest = Y.norm(dim=1).topk(r).indices.sort().values
+    return torch.nn.functional.one_hot(longest, len(Y)).mT.to(Y)
 
 
 def pairs(W, Y, Z, r):
     """`paired` from Y = GᵀZ (in, k), Z (out, k) orthonormal, or from Gᵀ itself (Z is None)."""
     V, _, Uh = torch.linalg.svd(Y, full_matrices=False)
-    k = (r + 1) // 2
-    U = (Uh.mT if Z is None else Z @ Uh.mT)[:, :k]
+    U = Uh.mT if Z is None else Z @ Uh.mT
     WtU = torch.nn.functional.normalize(W.mT @ U, dim=0)
-    basis = torch.stack([V[:, :k], WtU], -1).flatten(-2)
-    rest = torch.eye(len(Y), r, dtype=Y.dtype, device=Y.device)        # where G has too few triplets
-    return torch.linalg.qr(torch.cat([basis, rest], 1)[:, :r])[0]
+    basis = torch.stack([V, WtU], -1).flatten(-2)[:, :r]     # v_1, W0ᵀu_1, v_2, …
+    return principal(basis.mT, r)                            # orthonormal, and filled up to r
 
 
 def full(X):
@@ -158,129 +155,111 @@ def full(X):
 # product larger than rows times a thin Z: S Z = ½ Σ (gᵀ(xZ) − xᵀ(gZ)).
 
 class Look(Function):
-    """The identity of u, which shows x and ∂L/∂u to `see` as the backward pass goes by.
+    """The identity of u, whose backward pass calls see(ctx, ∂L/∂u), with x in ctx.saved_tensors.
 
-    x is saved as autograd saves tensors: checkpointing lets go of it, changes in place are found.
+    So x is kept as autograd keeps tensors: checkpointing drops it, a change in place is found.
     """
 
     @staticmethod
-    def forward(ctx, u, x, name, see):
-        ctx.name, ctx.see = name, see
+    def forward(ctx, u, x, see):
+        ctx.see = see
         ctx.save_for_backward(x)
         return u.clone()
 
     @staticmethod
     def backward(ctx, g):
-        with naming(ctx.name):
-            try:
-                x, = ctx.saved_tensors
-            except RuntimeError as e:
-                raise ValueError("its input is changed in place after the call (as in h += layer(h)): use "
-                                 f"h = h + layer(h), or leave it out of targets. {e}") from None
-            ctx.see(ctx.name, x, g)
-        return g, None, None, None
+        ctx.see(ctx, g)
+        return g, None, None
 
 
-def watch(name, see, module, args, kwargs, y):
-    """A forward hook: of a rotation, or of a layer."""
-    return Look.apply(y, turned(*args, **kwargs), name, see)
+def watch(see, module, args, kwargs, y):
+    """A forward hook, of a rotation or of a layer."""
+    return Look.apply(y, turned(*args, **kwargs), see)
 
 
 def turned(input, bias=None):
-    """What a rotation called so turns: on the output side the bias is not."""
+    """What a rotation called so turns: on the output side, all but the bias."""
     return input if bias is None else input - bias
 
 
 @contextlib.contextmanager
-def rotated(model, layers, side, supports, trainable=()):
-    """The model with a rotation on each layer, all frozen but these and `trainable`, in eval mode.
+def rotated(model, layers, side, supports={}, trainable=()):
+    """The model with a rotation on each of `layers`, in its support or in two axes.
 
-    A layer without a support turns in two axes. Afterwards the model is as it was, whatever happens.
+    All is frozen but the rotations and the parameters `trainable`, and in eval mode. Afterwards the
+    model is as it was, whatever happens.
     """
-    new = {}
+    new, others = {}, plain_parameters(model)
+    train = [others[n] for n in matches("trainable", trainable, others)] if trainable else []
     for n, layer in layers.items():
         with naming(n):
             P = supports.get(n, torch.eye(shape(layer)[SIDES.index(side)], 2))
-            new[layer] = wrap(layer, P, method="loft", side=side, magnitude=False)
-    others = plain_parameters(model)
-    train = [others[n] for n in matches("trainable", trainable, others)] if trainable else []
+            new[n] = wrap(layer, P, method="loft", side=side, magnitude=False)
     with contextlib.ExitStack() as after:
         for p in model.parameters():
             after.callback(p.requires_grad_, p.requires_grad)
-        for p in train:
             after.callback(setattr, p, "grad", p.grad)
-            after.callback(p.data.copy_, p.detach().clone())
-            p.grad = None
         for m in model.modules():
             after.callback(setattr, m, "training", m.training)
+        after.callback(replace, model, {new[n]: layer for n, layer in layers.items()})
         model.requires_grad_(False).eval()
-        for layer in layers.values():
-            layer.train(not floating(layer))             # a quantised one may pack itself anew in eval mode
+        for layer in layers.values():                    # a quantised one may repack itself in eval mode
+            layer.train(not floating(layer))
         for p in train:
-            p.requires_grad_(True)
-        after.callback(replace, model, {wrapper: layer for layer, wrapper in new.items()})
-        yield replace(model, new), {n: new[layer] for n, layer in layers.items()}, train
+            after.callback(p.data.copy_, p.detach().clone())
+            p.requires_grad_().grad = None
+        yield replace(model, {layer: new[n] for n, layer in layers.items()}), new
 
 
-def gather(model, layers, batches, loss_fn, function, place="rotation", step=None, title="batch"):
+def gather(model, layers, batches, loss_fn, function, place="rotation", step=None):
     """{layer: Σ function(name, x, g)} over the rows (n, d) of all batches, float32 or wider.
 
     place="rotation": x and g as above; "layer": a layer's inputs x and the gradients δ of its outputs.
-    step() follows every backward pass. Summed over the ranks too, where torch.distributed runs. A
-    layer whose sum is zero is left out. ValueError: a loss that does not fit, or no batches.
+    step() follows every backward pass. Summed over ranks too, where torch.distributed runs. A layer
+    whose sum is zero is left out. ValueError: a loss that does not fit, no batches, what is not finite.
     """
     sums, count = {}, 0
 
-    def see(name, x, g):
-        x, g = (full(rows).reshape(-1, rows.shape[-1]) for rows in (x, g))
-        with torch.autocast(g.device.type, enabled=False):
-            sums[name] = function(name, x, g) + sums.get(name, 0)
+    def see(name, ctx, g):
+        with naming(name), torch.autocast(g.device.type, enabled=False):
+            rows = (full(t).reshape(-1, t.shape[-1]) for t in (*ctx.saved_tensors, g))
+            sums[name] += function(name, *rows)
 
     require(not torch.is_inference_mode_enabled(), "supports need gradients: leave inference_mode")
     with contextlib.ExitStack() as after:
         for n, layer in layers.items():
             module = layer if place == "layer" else layer.rotation
-            after.enter_context(module.register_forward_hook(partial(watch, n, see), with_kwargs=True))
+            zeros = next(layer.rotation.parameters()).new_zeros
+            sums[n] = function(n, *(zeros(0, d) for d in shape(module) or (module.d, module.d)))
+            hook = partial(watch, partial(see, n))
+            after.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         after.callback(say, "")
         for count, batch in enumerate(batches, 1):
             with torch.enable_grad():
-                checked(loss_fn(model, batch), f"{title} {count}").backward()
+                backward(loss_fn(model, batch), count)
             if step is not None:
                 step()
-            say(f"choosing supports: {title} {count}")
+            say(f"choosing supports: batch {count}")
     require(count, "batches is empty: nothing to choose a support from")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for n, layer in layers.items():
-            if n not in sums:                            # rows of another rank alone may reach it
-                sizes = shape(layer) if place == "layer" else (layer.rotation.d,) * 2
-                see(n, *(next(layer.rotation.parameters()).new_zeros(0, d) for d in sizes))
-            torch.distributed.all_reduce(sums[n])
     for n, Y in sums.items():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(Y)
         require(Y.isfinite().all(), f"layer {n!r}: its gradient (or input) is not finite")
-    return {n: sums[n] for n in layers if n in sums and sums[n].any()}
+    return {n: Y for n, Y in sums.items() if Y.any()}
 
 
-def checked(loss, where):
+def backward(loss, count):
     scalar = torch.is_tensor(loss) and loss.numel() == 1
     require(scalar, f"loss_fn returned {getattr(loss, 'shape', loss)}, expected a scalar tensor")
-    require(loss.isfinite(), f"the loss of calibration {where} is {loss.item()}")
+    require(loss.isfinite(), f"the loss of calibration batch {count} is {loss.item()}")
     require(loss.requires_grad, "the loss does not depend on any target layer (or they are in a reentrant "
             "checkpoint, whose input would have to require grad: take use_reentrant=False)")
-    return loss
+    loss.backward()
 
 
 def say(text):
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def seeded(seed):
-    """Random numbers from `seed`; torch's generators are afterwards as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def S_times(Z, x, g):
@@ -293,8 +272,8 @@ def S_times(Z, x, g):
 # --------------------------------------------------------------------------------------------------
 # Supports of a model
 
-KINDS = ("random", "principal", "minor", "coordinate", "activation", "gradient", "paired", "rescored",
-         "moment", "skew")
+OF_WEIGHT = ("random", "principal", "minor")
+KINDS = (*OF_WEIGHT, "coordinate", "activation", "gradient", "paired", "rescored", "moment", "skew")
 
 
 class Sketch:
@@ -307,10 +286,14 @@ class Sketch:
     """
 
     def __init__(self, kind, layer, side, r, passes, dense, pool):
-        self.kind, self.layer, self.side, self.r, self.left = kind, layer, side, r, passes - 1
-        self.across, d = kind in ("gradient", "paired"), shape(layer)[SIDES.index(side)]
-        self.thin = kind not in ("random", "principal", "minor", "rescored") and d > dense
-        self.Z = self.HZ = None
+        d = shape(layer)[SIDES.index(side)]
+        require(isinstance(r, int) and r >= 1, f"rank {r!r} must be an int ≥ 1")
+        if r % 2 and kind in ("skew", "rescored"):
+            warnings.warn(f"an odd rank, {r}, has a direction that is in no plane: take an even one")
+        self.kind, self.layer, self.side, self.r, self.left = kind, layer, side, min(r, d), passes
+        self.across = kind in ("gradient", "paired")
+        self.thin = d > dense and kind not in (*OF_WEIGHT, "rescored")
+        self.Z, self.HZ, self.sigma = None, None, ()
         if kind == "rescored":
             self.Z = principal(self.weight(), min(pool * r, d))
         elif self.thin:
@@ -328,6 +311,11 @@ class Sketch:
             W = (layer(x) - layer(0 * x[:1])).mT
         return full(W if self.side == "input" else W.mT)
 
+    def next_pass(self):
+        self.left -= 1
+        if self.thin and self.HZ is not None:
+            self.Z, self.HZ = torch.linalg.qr(self.HZ)[0], None
+
     def product(self, x, g):
         """What rows add to H Z."""
         if self.kind == "moment":
@@ -337,35 +325,63 @@ class Sketch:
         elif not self.across:
             return S_times(self.Z, x, g)
         elif (self.side == "output") != (self.thin and self.left % 2 == 1):
-            x, g = g, x                                  # Gᵀ of the other side, or G's turn: not both
+            x, g = g, x                                  # the other side's Gᵀ, or G's turn: not both
         return x.mT @ (g if self.Z is None else g @ self.Z)
 
     def take(self, HZ):
-        """The sum of one pass."""
-        if self.Z is None and self.HZ is not None:
-            HZ = HZ + self.HZ
-        self.HZ = HZ
-
-    def next_pass(self):
-        self.left -= 1
-        if self.thin and self.HZ is not None:
-            self.Z, self.HZ = torch.linalg.qr(self.HZ)[0], None
+        self.HZ = HZ if self.HZ is None else self.HZ + HZ
 
     def support(self):
-        """(P, σ of its planes)."""
-        if self.kind in ("random", "principal", "minor"):
-            choose = dict(random=random, principal=principal, minor=minor)[self.kind]
-            return choose(self.weight(), self.r), ()
+        if self.kind in OF_WEIGHT:
+            choose = {"random": random, "principal": principal, "minor": minor}[self.kind]
+            return choose(self.weight(), self.r)
         if self.kind == "coordinate":
-            return axes(self.HZ, self.r), ()
+            return axes(self.HZ, self.r)
         if self.kind == "paired":
-            return pairs(self.weight(), self.HZ, self.Z, self.r), ()
+            return pairs(self.weight(), self.HZ, self.Z, self.r)
         if self.kind in ("gradient", "activation", "moment"):
-            return principal(self.HZ.mT, self.r), ()
+            return principal(self.HZ.mT, self.r)
         if self.Z is None:
-            return planes(self.HZ, self.r)
-        V, sigma = planes(self.Z.mT @ self.HZ, self.r)   # Rayleigh–Ritz
-        return self.Z @ V, sigma
+            P, self.sigma = planes(self.HZ, self.r)
+            return P
+        V, self.sigma = planes(self.Z.mT @ self.HZ, self.r)              # Rayleigh–Ritz
+        return self.Z @ V
+
+
+def measure(sketches, model, batches, loss_fn, passes, start, steps, lr, trainable):
+    """Fills sketches by passes over the batches, or along the steps of a path from supports `start`."""
+    one, step = next(iter(sketches.values())), None
+    passes = passes if any(sketch.thin for sketch in sketches.values()) else 1
+    parts = [batches] * passes
+    if steps:
+        require(steps >= passes, f"lookahead={steps} is less than passes={passes}")
+        endless = itertools.chain.from_iterable(itertools.repeat(batches, steps))
+        parts = [itertools.islice(endless, (steps + i) // passes) for i in range(passes)]
+    layers = {n: sketch.layer for n, sketch in sketches.items()}
+    start, trainable = (start, trainable) if steps else ({}, ())
+    with rotated(model, layers, one.side, start, trainable) as (model, sites):
+        if steps:
+            step = adam(model, lr, steps)
+        for i, part in enumerate(parts):
+            for sketch in sketches.values():
+                sketch.next_pass()
+            open_ones = {n: sites[n] for n in sketches if i == 0 or steps or sketches[n].thin}
+            sums = gather(model, open_ones, part, loss_fn, lambda n, x, g: sketches[n].product(x, g),
+                          "layer" if one.across else "rotation", step)
+            for n, HZ in sums.items():
+                sketches[n].take(HZ)
+
+
+def adam(model, lr, steps):
+    """A step of Adam for all that trains, the rate rising over the first tenth of `steps`."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.99))
+    rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1, (t + 1) / max(1, steps // 10)))
+
+    def step():
+        optimizer.step()
+        rise.step()
+        optimizer.zero_grad()
+    return step
 
 
 def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="input", align=True,
@@ -380,9 +396,10 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
             `loft.adapt`. kind: one of `KINDS`.
         align: in the basis that suits Adam, by one more pass (see `align`).
         lookahead: steps of a path that H is summed along; 0: H at W0. On the path lookahead_support (a
-            kind, at the same rank, aligned) is trained by Adam at lookahead_lr on the batches in turn,
-            in about the time of as many training steps, and with it the parameters `trainable` (a new
-            head, say; named as in `loft.adapt`). Nothing else trains, and all is put back.
+            kind, at the same rank, aligned; or {layer: P}) is trained by Adam at lookahead_lr on the
+            batches in turn, in about the time of as many training steps, and with it the parameters
+            `trainable` (a new head, say; named as in `loft.adapt`). Nothing else trains, and all is put
+            back.
         budget: see `within`.
         passes: over the batches, where a rotated dimension is above `dense`; a path has as many parts.
             The other layers keep a sum of d × d, and take one.
@@ -395,16 +412,100 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
     one_of("kind", kind, KINDS)
     one_of("side", side, SIDES)
     require(passes >= 2, f"passes={passes}: one finds a subspace and one measures it, at the least")
-    layers, ranks, sketches = target_layers(model, targets), {}, {}
+    require(not lookahead or kind not in OF_WEIGHT, f"lookahead={lookahead}: {kind} follows from W0")
+    layers, sketches, supports, start = target_layers(model, targets), {}, {}, lookahead_support
     batches = list(batches) if iter(batches) is batches else batches
-    with seeded(seed):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
         for n, layer in layers.items():
             with naming(n):
-                ranks[n] = rank_in(shape(layer)[SIDES.index(side)], rank[n] if isinstance(rank, dict) else rank)
-                sketches[n] = Sketch(kind, layer, side, ranks[n], passes, dense, pool)
-        if kind in FROM_WEIGHT:
-            require(not lookahead, f"lookahead={lookahead}: {kind} supports follow from the weight")
-        else:
-            start = select(model, batches, loss_fn, ranks, lookahead_support, layers, side=side,
-                           dense=dense, seed=seed) if lookahead else {}
-            sketches = measured(sketches, ...)
+                r = rank.get(n) if isinstance(rank, dict) else rank
+                sketches[n] = Sketch(kind, layer, side, r, passes, dense, pool)
+        if kind not in OF_WEIGHT:
+            if lookahead and isinstance(start, str):
+                start = select(model, batches, loss_fn, rank, start, layers, side=side, dense=dense,
+                               seed=seed)
+            measure(sketches, model, batches, loss_fn, passes, start, lookahead, lookahead_lr, trainable)
+        for n, sketch in sketches.items():
+            with naming(n):
+                if kind in OF_WEIGHT or sketch.HZ is not None:
+                    supports[n] = sketch.support()
+        missing = [n for n in layers if n not in supports]
+        require(supports, "no gradient reaches a target layer")
+        if missing:
+            warnings.warn(f"no gradient reached {', '.join(missing)}: no support chosen there")
+        if budget is not None:
+            ranks = spend({n: sketches[n].sigma for n in supports}, budget)
+            supports = {n: supports[n][:, :r] for n, r in ranks.items()}
+        return aligned(model, batches, loss_fn, supports, side=side) if align else supports
+
+
+def within(model, batches, loss_fn, budget, targets=None, *, max_rank=64, **options):
+    """Supports of kind "skew" whose ranks, up to max_rank, spend `budget` parameters where planes are
+    strongest: Σ r(r−1)/2 ≤ budget, for dense transforms. Layers that get none are left out.
+
+    Planes come strongest first, so a smaller rank needs no new selection. options: of `select`.
+    """
+    return select(model, batches, loss_fn, max_rank, "skew", targets, budget=budget, **options)
+
+
+def spend(sigma, budget):
+    """{layer: even rank} that collects the most Σ 2σ_j² for Σ r(r−1)/2 ≤ budget.
+
+    A plane adds 2σ² and costs 2r + 1, r the rank so far. Taken by gain per parameter, which is the best
+    possible up to the last plane, as gains fall and costs rise.
+    """
+    ranks = dict.fromkeys(sigma, 0)
+    planes = [(float(s) ** 2 / (4 * j + 1), 4 * j + 1, n) for n in sigma for j, s in enumerate(sigma[n])]
+    for gain, cost, n in sorted(planes, reverse=True):
+        if gain and cost == 2 * ranks[n] + 1 <= budget:  # too dear: one of another layer may still fit
+            ranks[n], budget = ranks[n] + 2, budget - cost
+    require(any(ranks.values()), f"the budget left, {budget}, buys no plane: the first costs 1 parameter")
+    return {n: r for n, r in ranks.items() if r}
+
+
+# --------------------------------------------------------------------------------------------------
+# Of given supports: their basis, their score
+
+def align(model, batches, loss_fn, supports, *, side="input"):
+    """{layer: P V}, V the eigenbasis of C = Σ_b MᵀM, M = PᵀS_bP: the basis that suits Adam.
+
+    The pieces b: a batch of tensors with one first dimension (in tuples, lists, dicts) is cut into
+    pieces of 8; another is a piece as it is. A layer called several times makes a piece of each call.
+    For supports of any origin. The span stays, and the rotations within reach; C becomes diagonal.
+    """
+    def gram(name, x, g):
+        M = restricted(supports[name], x, g)
+        return M.mT @ M
+
+    pieces = itertools.chain.from_iterable(map(cut, batches))
+    with rotated(model, target_layers(model, supports), side) as (turning, sites):
+        C = gather(turning, sites, pieces, loss_fn, gram)
+    V = {n: torch.linalg.eigh(X)[1].flip(-1) for n, X in C.items()}
+    return {n: P.to(V[n]) @ V[n] if n in V else P for n, P in supports.items()}
+
+
+aligned = align                                          # in `select`, align is a switch
+
+
+def scores(model, batches, loss_fn, supports, *, side="input"):
+    """{layer: ‖PᵀSP‖_F} of supports, S of the summed loss, in one pass of thin products."""
+    with rotated(model, target_layers(model, supports), side) as (turning, sites):
+        M = gather(turning, sites, batches, loss_fn, lambda n, x, g: restricted(supports[n], x, g))
+    return {n: M[n].norm().item() if n in M else 0.0 for n in supports}
+
+
+def restricted(P, x, g):
+    """What rows add to PᵀSP (r, r)."""
+    P = P.to(x)
+    return skew_part((g @ P).mT @ (x @ P))
+
+
+def cut(batch, size=8):
+    """The pieces of a batch, or the batch as its one piece."""
+    leaves, tree = _pytree.tree_flatten(batch)
+    lengths = {len(t) if torch.is_tensor(t) and t.ndim else None for t in leaves}
+    if len(lengths) > 1 or None in lengths:
+        return [batch]
+    return [_pytree.tree_unflatten(piece, tree) for piece in zip(*(t.split(size) for t in leaves))]

@@ -1,6 +1,6 @@
 """Adapts pretrained networks with LOFT, and with its peers beside it: offline, in minutes.
 
-    python train.py                                     prose → code, in 5 minutes on 2 cores
+    python train.py                                     prose → code, within 5 minutes on 2 cores
     python train.py --task vision,math --seeds 3        the other tasks: lab/tasks.py
     python train.py --support skew,skew-plain,lookahead --lr 3e-3,1e-2
     python train.py --resume runs/NAME                  goes on where it was stopped
@@ -8,12 +8,12 @@
     python -m lab.study                                 the evidence: tables and pictures
 
 A cell is a task × method × support × size × learning rate × seed. It adapts a copy of the task's
-pretrained model, trains the adapter, measures it on the new domain and the old, and becomes a line
-of runs/NAME/results.jsonl. Its adapter, settings.json and table.txt stand beside that.
+pretrained model, trains the adapter (fit), measures it on the new domain and the old, and becomes a
+line of runs/NAME/results.jsonl. The adapters, settings.json and table.txt stand beside that.
 
-The support of `loft` is one of selectors.py's, in the basis that suits Adam; with "-plain" as it is
-spanned. "lookahead" is the skew support of the gradients along a short provisional path, whose steps
-are taken off those of training.
+The supports of loft are those of selectors.py, in the basis that suits Adam; with "-plain", as they
+are spanned. "lookahead" is the skew support of the gradients along a short provisional path, whose
+steps are taken off those of training.
 """
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # before torch: not needed
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch does without it
+warnings.filterwarnings("ignore", message="an odd rank|rank=.* exceeds")         # a budget's size
 
 import torch
 from torch import nn
@@ -38,26 +39,29 @@ from lab import tasks
 from loft import selectors
 
 METHODS = ("frozen", *loft.METHODS, "full")
-SUPPORTS = [kind + basis for kind in (*selectors.KINDS, "lookahead") for basis in ("", "-plain")]
-SHOWN = "random,principal,skew,lookahead"                # what loft is shown with by default
-SIZE = {"oft": "block_size", "boft": "block_size", "hra": "reflections"}         # of others: rank
+ALIGNED = (*selectors.KINDS, "lookahead")
+SUPPORTS = (*ALIGNED, *(f"{kind}-plain" for kind in ALIGNED))
+SHOWN = "random,principal,skew,lookahead"                # of loft, by default
+OWN = {"psoft": "principal-plain", "frozen": None, "lora": None, "full": None}     # of others: all
+SIZE = {"oft": "block_size", "boft": "block_size", "hra": "reflections"}         # of others a rank
 RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "oft": 3e-2, "hra": 3e-2, "lora": 3e-2,
-         "full": 3e-3}                                   # of others: 1e-2
+         "full": 3e-3}                                   # of other supports and methods 1e-2
+CALIBRATION = 8                                          # batches that a support is chosen from
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
 def listed(kind, valid=None):
-    """argparse's type of a list with commas: words out of `valid`, or positive numbers."""
-    def parse(text):
+    """argparse's type of a list with commas: of words in `valid`, or of positive numbers."""
+    def numbers(text):
         values = [kind(word) for word in text.split(",")]
         for value in values:
-            if value not in valid if valid else not 0 < value < math.inf:
-                wanted = f"one of {', '.join(valid)}" if valid else "a positive number"
-                raise argparse.ArgumentTypeError(f"{value!r} is not {wanted}")
+            if not (value in valid if valid else 0 < value < math.inf):
+                wanted = ", ".join(valid or ["positive numbers"])
+                raise argparse.ArgumentTypeError(f"{value}; wanted: {wanted}")
         return values
-    return parse
+    return numbers
 
 
 def positive(text):
@@ -68,139 +72,126 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", type=listed(str, tasks.TASKS), default="code", help="any of " + ", ".join(tasks.TASKS))
+    add("--task", type=listed(str, tasks.TASKS), default="code",
+        help=f"any of {', '.join(tasks.TASKS)}")
     add("--method", type=listed(str, METHODS), default="frozen,loft,psoft,oft,lora,full",
-        help="any of " + ", ".join(METHODS))
-    add("--support", type=listed(str, SUPPORTS), default=SHOWN, help="of loft: any of lookahead, "
-        + ", ".join(selectors.KINDS) + f", or one of them with -plain (default {SHOWN})")
+        help=f"any of {', '.join(METHODS)}")
+    add("--support", type=listed(str, SUPPORTS), default=SHOWN,
+        help=f"of loft: any of {', '.join(SUPPORTS)} (default {SHOWN})")
     add("--lookahead", type=positive, help="steps of its path (default 50, a quarter at most)")
-    add("--calibration", type=positive, default=8, help="batches that a support is chosen from")
-    add("--rank", type=positive, help="of supports and lora, reflections of hra")
-    add("--budget", type=positive, help="trainable parameters: every method takes its largest size "
-        "within it (default: what lora has at rank 1)")
-    add("--side", choices=loft.SIDES, default="input", help="of loft")
-    add("--options", type=json.loads, default="{}", help='of loft.adapt: \'{"transform": "expm"}\'')
-    add("--lr", type=listed(float), help="several are tried on the first seed; the one that is best "
-        "on a split of its own goes on (default: one for each method and support)")
-    add("--steps", type=positive, default=200, help="of training, lookahead's included")
-    add("--seeds", type=positive, default=1, help="how many")
-    add("--pretrain-steps", type=positive, help="on the old domain (default: the task's)")
+    size = parser.add_mutually_exclusive_group().add_argument
+    size("--rank", type=positive, help="of supports and lora, reflections of hra")
+    size("--budget", type=positive, help="trainable parameters, of which every method takes as "
+         "many as it can (default: what lora has at rank 1)")
+    add("--options", type=json.loads, default="{}", help="of loft.adapt for loft, as JSON: "
+        '{"side": "output", "transform": "expm"}')
+    add("--lr", type=listed(float), help="several are tried on the first seed, and the one that is "
+        "best on a split of its own goes on (default: one for each support and method)")
+    add("--steps", type=positive, default=200, help="of training, lookahead's included (200)")
+    add("--seeds", type=positive, default=1, help="how many (1)")
+    add("--pretrain-steps", type=positive, help="default: the task's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=positive, default=torch.get_num_threads())
-    add("--backend", choices=("eager", "fused"), default="fused", help="loft.py's lines or kernels.py's")
-    add("--out", type=Path, help="folder of the results (default runs/ and the time)")
-    add("--resume", type=Path, metavar="DIR", help="a run's folder: its settings, but for those given; "
-        "cells that are finished are skipped")
+    add("--threads", type=positive, default=1, help="more pay only on an idle machine (1)")
+    add("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"),
+        help="folder of the results (default runs/ and the time)")
+    add("--resume", type=Path, metavar="DIR", help="a run's folder: goes on there, with its "
+        "settings but for those given, without the cells that are finished")
     args = parser.parse_args(argv)
     if args.resume:
-        try:
-            before = json.loads((args.resume / "settings.json").read_text())["argv"]
-        except (OSError, ValueError) as e:
-            parser.error(f"--resume: {args.resume} is not the folder of a run: {e}")
-        args = parser.parse_args(before + argv)
-        args.out = args.resume
-    elif args.out and (args.out / "results.jsonl").exists():
+        settings = args.resume / "settings.json"
+        if not settings.exists():
+            parser.error(f"--resume: {settings} does not exist")
+        argv = json.loads(settings.read_text())["argv"] + argv
+        args = parser.parse_args([*argv, "--out", str(args.resume)])
+    elif (args.out / "results.jsonl").exists():
         parser.error(f"--out: {args.out} holds a run; --resume {args.out} goes on with it")
-    if args.rank and args.budget:
-        parser.error("--rank and --budget both set the size; give one")
-    args.lookahead = args.lookahead or min(50, args.steps // 4)
-    if args.lookahead >= args.steps:
+    args.argv = argv
+    if (args.lookahead or 0) >= args.steps:
         parser.error(f"--lookahead {args.lookahead} leaves nothing of --steps {args.steps}")
-    args.out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     return args
 
 
 # --------------------------------------------------------------------------------------------------
-# The loop
+# Fit: the loop, and what comes before it
 
 def fit(task, model, steps, lr, seed, label, watch=False):
     """Trains what requires grad by Adam: warm-up over a tenth of the steps, cosine decay to 0.
 
-    Returns [(step, bits on tune, bits on the old domain)] at every tenth, where it is watched, and
-    the median milliseconds of a step. FloatingPointError: names the step and the layer.
+    Returns the median milliseconds of a step, and where it is watched [(step, bits on tune, bits on
+    the old domain)] of every tenth. FloatingPointError: names the step and the layer.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr, betas=(0.9, 0.99))
-    generator, warm, curve, ms = torch.Generator().manual_seed(seed), max(1, steps // 10), [], []
+    generator, warm, ms, curve = torch.Generator().manual_seed(seed), max(1, steps // 10), [], []
     for step in range(1, steps + 1):
         start = time.perf_counter()
         decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
         optimizer.param_groups[0]["lr"] = lr * min(step / warm, decay)
         model.train()
-        loss = task.loss_fn(model, [t.to(task.device) for t in task.batch(generator, task.size)])
+        loss = task.loss_fn(model, task.draw(generator))
         loss.backward()
-        broken = [n for n, p in trained.items() if p.grad is not None and not p.grad.isfinite().all()]
-        if broken or not loss.isfinite():
-            raise FloatingPointError(f"not finite at step {step}: the loss is {loss:g}, and the "
-                                     f"gradient is not finite in {broken[:1]}; lower --lr")
+        for name, p in trained.items():
+            if p.grad is not None and not p.grad.isfinite().all():
+                raise FloatingPointError(f"step {step}, loss {loss:g}: the gradient of {name} is "
+                                         "not finite; lower --lr")
         optimizer.step()
         optimizer.zero_grad()
         ms.append(1e3 * (time.perf_counter() - start))
-        progress(label, step, steps, loss.item() / math.log(2), sum(ms) / step)
-        if watch and (step % max(1, steps // 10) == 0 or step == steps):
-            curve.append((step, task.bits(model, "tune", 2), task.kept(model, 2)))
-    return curve, round(statistics.median(ms), 2)
-
-
-def progress(label, step, steps, bits, ms):
-    """One line that renews itself in a terminal; a line every quarter of the way in a file."""
-    terminal, last = sys.stdout.isatty(), step == steps
-    if terminal or last or step % math.ceil(steps / 4) == 0:
-        print("\r\x1b[K" * terminal + f"{label}  step {step}/{steps}  {bits:.3f} bits  {1e3 / ms:.1f} "
-              f"steps/s  {(steps - step) * ms / 1e3:.0f} s left", end="\n" * (last or not terminal),
-              flush=True)
+        last, speed = step == steps, 1e3 * step / sum(ms)
+        if last or sys.stdout.isatty():                  # one line; in a terminal it renews itself
+            print(f"{label}  step {step}/{steps}  {loss / math.log(2):.3f} bits  {speed:.1f} "
+                  f"steps/s  {(steps - step) / speed:.0f} s left ", end="\n" if last else "\r",
+                  flush=True)
+        if watch and (last or step % max(1, steps // 10) == 0):
+            curve.append([step, task.bits(model, "tune", 1), task.kept(model, 1)])
+    return statistics.median(ms), curve
 
 
 def prepare(name, args):
-    """The task with its model where adaptation begins: pretrained on the old domain (or loaded from
-    where that was done before), a new head trained alone. And what is measured there."""
+    """The task, with its model where adaptation begins: pretrained on the old domain (once, then
+    read from a file), a new head trained alone. task.start is what is measured there."""
     torch.manual_seed(0)
     task = tasks.TASKS[name]().to(args.device)
     old, steps = task.old.to(args.device), args.pretrain_steps or task.old.steps
     recipe = f"{Path(tasks.__file__).read_text('utf-8')} {sys.version_info[:2]} {steps}"
-    cache = args.out.parent / f"pretrained-{old.name}-{zlib.crc32(recipe.encode()):08x}.pt"
-    if cache.exists():
-        print(f"{name}: pretrained weights from {cache}")
-        old.model.load_state_dict(torch.load(cache, args.device, weights_only=True))
-    else:
+    file = args.out.parent / f"pretrained-{old.name}-{zlib.crc32(recipe.encode()):08x}.pt"
+    if not file.exists():
         fit(old, old.model, steps, old.lr, 0, f"{name}: pretraining on {old.name}")
-        torch.save(old.model.state_dict(), cache.with_suffix(".tmp"))
-        cache.with_suffix(".tmp").replace(cache)
+        torch.save(old.model.state_dict(), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    old.model.load_state_dict(torch.load(file, args.device, weights_only=True))
     task.model.requires_grad_(False)
     if task.head:
         task.model.head.requires_grad_(True)
         fit(task, task.model, steps // 4, 1e-2, 0, f"{name}: the new head alone")
-    start = dict(before=task.bits(task.model, "val"), kept_before=task.kept(task.model),
-                 measures_before=task.measures(task.model))
-    print(f"{name}: {start['before']:.3f} bits on the new domain, {start['kept_before']:.3f} on the old")
-    return task, start
+    task.start = dict(before=task.bits(task.model, "val"), kept_before=task.kept(task.model),
+                      measures_before=task.measures(task.model))
+    return task
 
 
 # --------------------------------------------------------------------------------------------------
 # A cell: adapt, fit, measure
 
-def lora_budget(task):
-    """Parameters of lora at rank 1, its least."""
-    return sum(sum(loft.shape(layer)) for layer in loft.target_layers(task.model).values())
-
-
 def largest(task, method, budget, **options):
-    """The largest size with which `method` trains at most `budget` parameters, by trying on layers
-    of the same shapes. ValueError: its least is larger."""
-    shapes, best = [loft.shape(layer) for layer in loft.target_layers(task.model).values()], None
-    support = "random" if loft.METHODS[method][0] == "principal" else None       # as many, sooner
+    """The largest size with which `method` trains at most `budget` parameters (default: those of
+    lora at rank 1), found by trying, on layers of the same shapes. ValueError: there is none."""
+    shapes = [loft.shape(layer) for layer in loft.target_layers(task.model).values()]
+    best, why, budget = None, "too many", budget or sum(map(sum, shapes))
+    if loft.METHODS[method]["support"] == "principal":
+        options["support"] = "random"                    # as many parameters, and there sooner
     for size in range(1, max(map(max, shapes)) + 1):
         layers = nn.ModuleList(nn.Linear(*shape) for shape in shapes)
         options[SIZE.get(method, "rank")] = size
         try:
-            loft.adapt(layers, method=method, support=support, **options)
-        except ValueError:                               # it has no such block, or reflections
+            loft.adapt(layers, method=method, **options)
+        except ValueError as e:                          # there is no such block, or reflections
+            why = e
             continue
         if trainable(layers) > budget:
             break
         best = size
     if best is None:
-        raise ValueError(f"{method} has no size within {budget:,} parameters; give --budget or --rank")
+        raise ValueError(f"no size has at most {budget:,} parameters; --rank or --budget? ({why})")
     return best
 
 
@@ -210,52 +201,41 @@ def trainable(model):
 
 def make_cell(task, method, support, args):
     """All that a result depends on but rate and seed; support None: the method's own."""
-    if support is None and method in loft.METHODS:
-        support = loft.METHODS[method][0]
-        support = "principal-plain" if support == "principal" else support
-    options = args.options | {"side": args.side} if method == "loft" else {}
-    size = args.rank
+    support = support or OWN.get(method, "all")
+    options, size, ahead = args.options if method == "loft" else {}, args.rank, 0
+    if "lookahead" in str(support):
+        ahead = args.lookahead or min(50, args.steps // 4)
     if method in ("frozen", "full", "goft") or size and method in ("oft", "boft"):
         size = None
-    elif not size:
-        size = largest(task, method, args.budget or lora_budget(task), **options)
+    else:
+        size = size or largest(task, method, args.budget, **options)
     return dict(task=task.name, method=method, support=support, size=size, options=options,
-                align=support in SUPPORTS and not support.endswith("-plain"),
-                lookahead_steps=args.lookahead if "lookahead" in (support or "") else 0,
-                steps=args.steps, calibration=args.calibration, pretrain_steps=args.pretrain_steps)
+                align=support in ALIGNED, lookahead_steps=ahead, steps=args.steps,
+                pretrain_steps=args.pretrain_steps)
 
 
-def choose(model, task, cell):
-    """{layer: P} of the cell's support, and what choosing it took, and is worth at first order."""
-    generator, size = torch.Generator().manual_seed(1000 + cell["seed"]), cell["size"]
-    batches = [[t.to(task.device) for t in task.batch(generator, task.size)]
-               for _ in range(cell["calibration"])]
-    side, kind = cell["options"].get("side", "input"), cell["support"].removesuffix("-plain")
-    ranks = {name: min(size, loft.shape(layer)[loft.SIDES.index(side)])
-             for name, layer in loft.target_layers(model).items()}
-    start, low = time.perf_counter(), peak_mib(task.device, reset=True)
-    P = selectors.select(model, batches, task.loss_fn, ranks, "skew" if kind == "lookahead" else kind,
-                         side=side, align=cell["align"], lookahead=cell["lookahead_steps"],
-                         seed=cell["seed"])
-    cost = dict(select_s=round(time.perf_counter() - start, 3),
-                select_mib=round(peak_mib(task.device) - low, 1))
-    worth = selectors.scores(model, batches, task.loss_fn, P, side=side)
-    return P, cost | {"score": math.hypot(*worth.values()) / len(batches)}
-
-
-def adapt(model, task, cell, backend):
-    """Puts the cell's adapter on the model, in place; returns what its support took to choose."""
-    method, size, P, cost = cell["method"], cell["size"], {}, {}
+def adapt(model, task, cell):
+    """Puts the cell's adapter on the model, in place; returns what choosing its support took."""
+    method, support, size, options = (cell[k] for k in ("method", "support", "size", "options"))
+    P, cost = {}, {}
+    if support in SUPPORTS:
+        generator = torch.Generator().manual_seed(1000 + cell["seed"])
+        batches = [task.draw(generator) for _ in range(CALIBRATION)]
+        kind = "skew" if cell["lookahead_steps"] else support.removesuffix("-plain")
+        start, _ = time.perf_counter(), peak_mib(task.device)
+        P = selectors.select(
+            model, batches, task.loss_fn, size, kind, side=options.get("side", "input"),
+            align=cell["align"], lookahead=cell["lookahead_steps"], seed=cell["seed"],
+            trainable=r"^head\." if task.head else ())
+        cost = dict(select_s=time.perf_counter() - start, select_mib=peak_mib(task.device))
     if method in loft.METHODS:
-        more = cell["options"] | ({SIZE.get(method, "rank"): size} if size else {})
-        if cell["support"] in SUPPORTS:
-            P, cost = choose(model, task, cell)
-            if method != "lora":
-                more = cell["options"] | {"support": P}
-        loft.adapt(model, method=method, seed=cell["seed"], backend=backend, **more)
-        if method == "lora":                             # a support begins its A
-            for name, support in P.items():
-                model.get_submodule(name).rotation.A.data.copy_(support.mT)
+        if P and method != "lora":
+            options = options | {"support": P}
+        elif size:
+            options = options | {SIZE.get(method, "rank"): size}
+        loft.adapt(model, method=method, seed=cell["seed"], backend="fused", **options)
+        for name in P if method == "lora" else ():       # a support is where its A begins
+            model.get_submodule(name).rotation.A.data.copy_(P[name].mT)
     else:
         model.requires_grad_(method == "full")
     if task.head:
@@ -263,58 +243,136 @@ def adapt(model, task, cell, backend):
     return cost
 
 
-def peak_mib(device, reset=False):
-    """Peak memory since a reset, of the GPU's tensors, or on Linux of the process; elsewhere 0."""
+def peak_mib(device):
+    """Peak memory since the last call: of the GPU's tensors, on Linux of the process, else 0."""
     if device.startswith("cuda"):
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    if not Path("/proc/self/clear_refs").exists():
-        return 0.0
-    if reset:
+        peak = torch.cuda.max_memory_allocated() / 2 ** 20
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
         Path("/proc/self/clear_refs").write_text("5")
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
+    else:
+        peak = 0.0
+    return peak
 
 
-def run(task, start, cell, args):
-    """Adapts a copy of the task's model as the cell says, trains and measures it; returns its row."""
-    words = [cell[k] for k in ("task", "method", "support", "size", "lr", "seed")]
-    words[-1] = f"seed {words[-1]}"
-    label = " ".join(str(word) for word in words if word is not None)
-    model, curve, ms = copy.deepcopy(task.model), [], 0.0
-    cost = adapt(model, task, cell, args.backend)
-    peak_mib(args.device, reset=True)
-    if cell["lr"]:
-        steps = cell["steps"] - cell["lookahead_steps"]
-        curve, ms = fit(task, model, steps, cell["lr"], cell["seed"], label, watch=True)
-    row = cell | start | cost | dict(
-        trainable=trainable(model), after=task.bits(model, "val"), tune=task.bits(model, "tune"),
-        kept_after=task.kept(model), measures=task.measures(model), curve=curve, ms_per_step=ms,
-        peak_mib=round(peak_mib(args.device), 1))
+def run(task, cell, args):
+    """The row of a cell: one of args.rows, or measured on a copy of the task's model, and saved."""
+    for row in args.rows:
+        if row.items() >= cell.items():
+            return row
+    model = copy.deepcopy(task.model)
+    cost = adapt(model, task, cell)
+    ms, curve = fit(
+        task, model, cell["steps"] - cell["lookahead_steps"], cell["lr"], cell["seed"], watch=True,
+        label=f"{task.name} {cell['method']} {cell['support'] or ''} {cell['size'] or ''} "
+        f"lr {cell['lr']:g} seed {cell['seed']}")
+    row = cell | task.start | cost | dict(
+        ms_per_step=ms, curve=curve, peak_mib=peak_mib(task.device), trainable=trainable(model),
+        after=task.bits(model, "val"), tune=task.bits(model, "tune"), kept_after=task.kept(model),
+        measures=task.measures(model), orthogonality_error=None)
     if loft.layers(model):
-        row["orthogonality_error"] = max(loft.orthogonality_error(model).values())
-        row["adapter"] = f"{'-'.join(words[:3])}-{zlib.crc32(json.dumps(cell).encode()):08x}.pt"
-        loft.save(model, args.out / row["adapter"])
+        row["orthogonality_error"] = max(loft.orthogonality_error(model).values(), default=None)
+        loft.save(model, args.out / f"{task.name}-{cell['method']}-{len(args.rows)}.pt")
     with open(args.out / "results.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(f"\n{json.dumps(row)}")               # one that a kill cuts short is left alone
+    args.rows.append(row)
     return row
 
 
-def sweep(task, start, cell, args, rows):
-    """Every rate on the first seed, and the one that is best on the tune split on the other seeds.
-
-    Appends to `rows` what is not there yet; returns a line for each cell that failed."""
-    rates, seeds, failed, tried = args.lr, args.seeds, [], {}
-    if cell["method"] == "frozen" and not task.head:
-        rates, seeds = [None], 1                         # nothing trains
-    for seed in range(seeds):
+def sweep(task, method, support, args, rows):
+    """Puts a cell's rows into `rows`, one a seed: every rate is tried on the first, and the best on
+    the tune split goes on. What fails becomes a line of args.failed."""
+    name = support.removesuffix("-plain") if support else method
+    rates = args.lr or [RATES.get(name, 1e-2)]
+    for seed in range(args.seeds):
         for lr in rates:
-            wanted = cell | dict(lr=lr, seed=seed)
-            row = next((row for row in rows if row.items() >= wanted.items()), None)
             try:
-                ...
-    return failed
+                cell = make_cell(task, method, support, args) | dict(lr=lr, seed=seed)
+                rows.append(run(task, cell, args))
+            except Exception as e:                       # the other cells go on
+                args.failed.append(f"failed: {task.name} {name} lr {lr} seed {seed}: {e!r}")
+                print(f"\n{args.failed[-1]}")
+        if seed == 0 and rows:
+            rows[:] = [min(rows, key=lambda row: row["tune"])]
+            rates = [rows[0]["lr"]]
 
 
 # --------------------------------------------------------------------------------------------------
 # Results
+
+def shown(values):
+    """The mean over the seeds, ± the deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def table(cells):
+    """A task's results as text: a line a cell, which is given as its rows, one a seed."""
+    cells = [rows for rows in cells if rows]
+    first = cells[0][0]
+    text = f"{first['task']:25}{'size':>5}{'lr':>7}{'ahead + steps':>15}{'trainable':>11}"
+    for name in ("bits", *first["measures"], "old bits"):
+        text += f"{name:>16}"
+    text += f"{'ms/step':>9}{'choosing s':>12}{'peak MiB':>10}{'orth. error':>13}\n{'before':63}"
+    for value in (first["before"], *first["measures_before"].values(), first["kept_before"]):
+        text += f"{value:16.3f}"
+    for rows in cells:
+        row, ahead = rows[0], rows[0]["lookahead_steps"]
+        text += f"\n{row['method']:8}{row['support'] or '':17}{row['size'] or '':>5}{row['lr']:7g}"
+        text += f"{ahead:9} + {row['steps'] - ahead:3}{row['trainable']:11,}"
+        for values in zip(*([r["after"], *r["measures"].values(), r["kept_after"]] for r in rows)):
+            text += f"{shown(values):>16}"
+        text += f"{row['ms_per_step']:9.1f}{row.get('select_s', 0):12.1f}{row['peak_mib']:10.0f}"
+        text += f"{row['orthogonality_error'] or 0:13.0e}"
+    return text
+
+
+def read(folder):
+    """The rows of a run: those of its lines that are whole."""
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def begin(args):
+    """Makes the run's folder; args.rows are those finished there, args.failed what will fail."""
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = vars(args) | dict(torch=torch.__version__, python=sys.version)
+    (args.out / "settings.json").write_text(json.dumps(about, indent=1, default=str))
+    (args.out / "results.jsonl").touch()
+    args.rows, args.failed = read(args.out), []
+    print(f"{args.out}/: {len(args.rows)} cells are finished; torch {torch.__version__}, "
+          f"{args.device}, threads: {args.threads}")
+
+
+def main(argv=None):
+    """Runs what the settings name; returns the rows, as in results.jsonl."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.split("=")[0] in ("--model", "--data") for word in argv):
+        from lab import own
+        return own.main(argv)
+    args = parse(argv)
+    tables = {name: [] for name in args.task}
+    begin(args)
+    try:
+        for name in args.task:
+            task = prepare(name, args)
+            for method in args.method:
+                if method == "frozen" and not task.head:
+                    continue                             # nothing trains: it is the line "before"
+                for support in args.support if method == "loft" else [None]:
+                    tables[name].append([])
+                    sweep(task, method, support, args, tables[name][-1])
+    except KeyboardInterrupt:
+        args.failed.append(f"interrupted: python train.py --resume {args.out} goes on")
+    text = "\n\n".join(table(cells) for cells in tables.values() if any(cells))
+    (args.out / "table.txt").write_text(text)
+    print(f"\n{text}\n\nwritten to {args.out}/", *args.failed, sep="\n")
+    if args.failed:
+        raise SystemExit(1)
+    return args.rows
+
+
+if __name__ == "__main__":
+    main()

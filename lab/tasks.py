@@ -65,9 +65,14 @@ class Task:
     def to(self, device):
         """Moves the model and what it is measured on."""
         self.model.to(device)
+        self.device = device
         self.splits = {name: [(x.to(device), y.to(device)) for x, y in batches]
                        for name, batches in self.splits.items()}
         return self
+
+    def draw(self, generator):
+        """A training batch, where the model is."""
+        return [t.to(self.device) for t in self.batch(generator, self.size)]
 
     @torch.no_grad()
     def bits(self, model, split, most=None):
@@ -226,7 +231,8 @@ def library():
     """(part, top-level package, source, docstrings) of every module; the file's name decides on the
     part."""
     root, modules = Path(sysconfig.get_paths()["stdlib"]), []
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3",
+               "pydoc_data"}
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root)
@@ -250,7 +256,7 @@ def parts(texts):
 
 @functools.cache
 def prose():
-    """Topics of the language reference, a tenth held out, and docstrings, those of held-out files."""
+    """The language reference, a tenth of its topics held out, and docstrings, of held-out files."""
     from pydoc_data.topics import topics
     texts = [(TENTHS[i % 10], topics[topic]) for i, topic in enumerate(sorted(topics))]
     return parts(texts + [(part, text) for part, _, _, docs in library() for text in docs])
@@ -368,7 +374,8 @@ def answer(row):
 def vision():
     """A small ViT pretrained on the shape of one object on a plain ground → four other attributes
     of richer images."""
-    old = Task("shapes", ViT(5), objects, {"val": held_out(objects, 3)}, size=64, steps=1200, lr=1e-3)
+    old = Task("shapes", ViT(5), objects, {"val": held_out(objects, 3)}, size=64, steps=1200,
+               lr=1e-3)
     return Task("vision", Classifier(old.model, 8, 4, 9, 4), scenes,
                 {"tune": held_out(scenes, 1), "val": held_out(scenes, 2)}, old, True, attributes,
                 accuracy, size=64)

@@ -1,0 +1,251 @@
+"""Your own model and data: LOFT in trl's SFTTrainer and in transformers' Trainer.
+
+    python train.py --model FOLDER --data chats.jsonl --out runs/chat --export merged
+    python train.py --model FOLDER --data notes.txt --packing --support lookahead --resume
+    torchrun --nproc_per_node 4 train.py --model FOLDER --data reviews.csv --rank 16
+
+--model              a folder that save_pretrained wrote, or a name on the hub
+--data, --val        .jsonl, .json, .csv, .parquet or .txt; without --val a tenth is held out
+--out, --resume      the folder of the run; go on from the last checkpoint in it
+--export             a folder for the merged model, which loads without LOFT
+--method, --support, --rank, --side, --targets     as in loft.adapt and selectors.select;
+                     --options takes the rest of adapt's as JSON: '{"transform": "expm"}'
+--calibration        the number of examples that the support is chosen from
+--lookahead          for --support lookahead: the steps of its path
+
+Everything else belongs to trl's SFTConfig, which holds transformers' TrainingArguments, and means
+what it means there: bf16, gradient_accumulation_steps, gradient_checkpointing, max_grad_norm,
+lr_scheduler_type, packing, max_length (longer examples are cut), eval_strategy, save_steps,
+load_best_model_at_end, … Only FSDP is refused.
+--model_init_kwargs is JSON for from_pretrained: '{"quantization_config": {"load_in_4bit": true}}'.
+
+The columns say what is learned:
+
+    messages             every answer of the assistant, given all that precedes it in the chat
+                         (or, with --assistant_only_loss, all at once: see trl on templates)
+    prompt, completion   the completion: two texts, or two lists of messages
+    text, label          a classifier, by transformers' Trainer; its head trains too, and texts
+                         are cut at the tokenizer's own limit
+    text                 every token; a .txt file is read paragraph by paragraph
+
+Checkpoints hold the adapter and the trainer's state, not the model; OUT/adapter.pt is what
+loft.load takes.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+try:
+    import datasets
+    import transformers
+    import trl
+    from pyarrow import csv
+except ImportError as e:
+    raise SystemExit(f"--model needs {e.name}: pip install transformers trl datasets")
+
+import loft
+from loft import selectors
+
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv"}
+COLUMNS = "messages", "prompt and completion", "text and label", "text"
+
+
+@dataclass
+class Settings:
+    """LOFT's own settings; what they mean stands at the top of the file."""
+    model: str
+    data: str
+    val: str = ""
+    out: str = "runs/own"
+    resume: bool = False
+    export: str = ""
+    method: str = "loft"
+    support: str | None = None
+    rank: int | None = None
+    side: str = "input"
+    targets: str | None = None
+    options: str = "{}"
+    calibration: int = 64
+    lookahead: int = 50
+
+
+@contextlib.contextmanager
+def one_line(what):
+    """An error inside ends the program with one line that says what it is about."""
+    try:
+        yield
+    except Exception as e:  # of many kinds, from as many libraries
+        message = " ".join(str(e.__cause__ or e).split())
+        raise SystemExit(f"{what}: {type(e).__name__}: {message}")
+
+
+# --------------------------------------------------------------------------------------- data
+
+def read(path):
+    """The examples of a file, which has the columns of one entry of COLUMNS."""
+    suffix = Path(path).suffix
+    with one_line(path):
+        if suffix not in READERS or not os.path.getsize(path):
+            raise ValueError(f"wanted is a file that is not empty, one of {', '.join(READERS)}")
+        if suffix == ".csv":  # strictly: pandas would shift the columns of a ragged row
+            data = datasets.Dataset(csv.read_csv(
+                path, parse_options=csv.ParseOptions(newlines_in_values=True)))
+        else:
+            more = {"sample_by": "paragraph"} if suffix == ".txt" else {}
+            data = datasets.load_dataset(READERS[suffix], data_files=path, split="train", **more)
+        data = data.rename_columns({name: name.strip() for name in data.column_names})
+        columns = [kind.split(" and ") for kind in COLUMNS]
+        columns = next((kind for kind in columns if {*kind} <= {*data.column_names}), None)
+        if not columns:
+            raise ValueError(f"it has {data.column_names}; wanted are {', or '.join(COLUMNS)}")
+        for column in columns:
+            for number, value in enumerate(data[column], 1):
+                if value is None:
+                    raise ValueError(f"example {number} has no {column}")
+    return data
+
+
+def answers(chats):
+    """Every answer of every chat as a completion of what precedes it: right in any template."""
+    rows = [{**chat, "prompt": chat["messages"][:i], "completion": [message]} for chat in chats
+            for i, message in enumerate(chat["messages"]) if i and message["role"] == "assistant"]
+    if not rows:
+        raise ValueError("no assistant answers in its messages")
+    return datasets.Dataset.from_list(rows)
+
+
+# ------------------------------------------------------------------------------------ trainers
+
+class AdapterCheckpoints:
+    """Mixed into a Trainer: its checkpoints hold the adapter instead of the whole model."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.should_save:
+            loft.save(self.model, f"{output_dir}/adapter.pt")
+
+    def _load_from_checkpoint(self, folder, model=None):
+        loft.load(self.model, f"{folder}/adapter.pt")
+
+    def _load_best_model(self):
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class CausalTrainer(AdapterCheckpoints, trl.SFTTrainer):
+    """trl's, for a causal language model."""
+
+
+class ClassifierTrainer(AdapterCheckpoints, transformers.Trainer):
+    """transformers', for a sequence classifier."""
+
+
+def classifier(name, options, tokenizer, parts):
+    """A sequence classifier, and its data in tokens.
+
+    Labels are the names in the model's own configuration, or the numbers; failing that, new names.
+    """
+    config = transformers.AutoConfig.from_pretrained(name)
+    labels = sorted({label for part in parts for label in part["label"]})
+    new = {str(label): i for i, label in enumerate(labels)}
+    place = {own: i for i, own in config.id2label.items()}
+    if not new.keys() <= place.keys():
+        place = {str(i): i for i in config.id2label}
+    if not new.keys() <= place.keys():
+        place = new
+        config.label2id, config.id2label = place, dict(enumerate(place))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        name, config=config, ignore_mismatched_sizes=True, **options)
+
+    def encode(batch):
+        coded = tokenizer(batch["text"], truncation=True)
+        coded["labels"] = [place[str(label)] for label in batch["label"]]
+        return coded
+
+    return model, [part.map(encode, batched=True, remove_columns=part.column_names)
+                   for part in parts]
+
+
+def build(settings, args):
+    """The trainer of a model that is not adapted yet, and a regex of the parameters of its head."""
+    name, data, options = settings.model, read(settings.data), args.model_init_kwargs or {}
+    parts = (data, read(settings.val)) if settings.val else data.train_test_split(0.1).values()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if "label" in data.column_names:
+        model, parts = classifier(name, options, tokenizer, parts)
+        kind, head = ClassifierTrainer, rf"^(?!{model.base_model_prefix}\.)|\.pooler\."
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        kind, head = CausalTrainer, ()
+        if "messages" in data.column_names and not args.assistant_only_loss:
+            parts = map(answers, parts)
+    # what Trainer asks of a quantised model: that it has adapters
+    model._hf_peft_config_loaded = hasattr(model, "is_quantized")
+    if settings.export and model._hf_peft_config_loaded:
+        raise ValueError("--export: a quantised model cannot be merged")
+    return kind(model, args, None, *parts, tokenizer), head  # None: with the collator of its own
+
+
+def adapt(trainer, settings, head):
+    """Adapts the trainer's model, in a support for its own data and loss."""
+    common = {"side": settings.side, "seed": trainer.args.seed, "trainable": head}
+    if settings.method == "loft":
+        rows = trainer.train_dataset.shuffle().take(settings.calibration)
+        batches, ahead = list(trainer.get_eval_dataloader(rows)), settings.support == "lookahead"
+        settings.support = selectors.select(
+            trainer.model, batches, trainer.compute_loss, settings.rank or 32,
+            "skew" if ahead else settings.support or "skew", settings.targets,
+            lookahead=ahead * settings.lookahead, **common)
+        settings.rank = settings.targets = None  # the support says both
+    loft.adapt(trainer.model, settings.targets, method=settings.method, rank=settings.rank,
+               support=settings.support, **common, **json.loads(settings.options))
+
+
+# ------------------------------------------------------------------------------------ the run
+
+def main(argv=None):
+    parser = transformers.HfArgumentParser((Settings, trl.SFTConfig))
+    # rotations take a larger rate than weights; a model runs in its own dtype unless asked; under
+    # torchrun, ranks train apart after an evaluate() before train(), or on a CPU unless told of it
+    parser.set_defaults(learning_rate=3e-3, bf16=False, eval_on_start=True,
+                        use_cpu=not torch.accelerator.is_available())
+    datasets.logging.set_verbosity(50)
+    with one_line("train.py"):
+        settings, args = parser.parse_args_into_dataclasses(argv)
+    args.output_dir, start = settings.out, time.time()
+    transformers.set_seed(args.seed)
+    with one_line(f"--model {settings.model} --data {settings.data}"):
+        trainer, head = build(settings, args)
+        if trainer.is_fsdp_enabled:
+            raise ValueError("an adapter in shards (FSDP) cannot be saved; DDP works, by torchrun")
+        # the trainer's state is written last: a checkpoint that has it is whole
+        states = Path(settings.out).glob("checkpoint-*/trainer_state.json")
+        newest = max(states, key=os.path.getmtime, default=None) if settings.resume else None
+        if not newest:  # else the trainer loads its adapter
+            adapt(trainer, settings, head)
+    trainer.train(resume_from_checkpoint=newest and newest.parent)
+    trainer.evaluate()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if args.should_save:
+        model = trainer.model
+        loft.save(model, f"{settings.out}/adapter.pt")
+        error = max(loft.orthogonality_error(model).values())
+        memory = (torch.cuda.max_memory_allocated()
+                  or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print("trainable  loss before   after  orth. error  seconds  peak MiB\n"
+              f"{model.num_parameters(only_trainable=True):9,}{losses[0]:13.4f}{losses[-1]:8.4f}"
+              f"{error:13.0e}{time.time() - start:9.0f}{memory / 2 ** 20:10.0f}")
+        if settings.export:
+            loft.merge(model).save_pretrained(settings.export)
+            trainer.processing_class.save_pretrained(settings.export)
+    trainer.model_wrapped = None  # DDP goes before its process group, or gloo's threads may hang
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
