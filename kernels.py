@@ -3,10 +3,10 @@
     loft.adapt(model, ..., backend="fused")      # or, on a model that is adapted already:
     kernels.fuse(model);  kernels.unfuse(model)
 
-1. theta → T − I: the Cayley map's backward needs no solve, its forward only float32 where that loses
-   no digits; butterflies are multiplied out into small dense blocks.
+1. theta → T − I: the Cayley map's backward needs no solve, its forward only float32 where that
+   loses no digits; butterflies are multiplied out into small dense blocks.
 2. T − I of all layers of one shape is one batch, and one node of the graph.
-3. The batch is made when the model's forward begins, handed to the layers, and taken back at its end.
+3. The batch is made when the model's forward begins, handed to the layers, taken back at its end.
 
 So nothing is remembered that could be out of date. A layer that is called by itself, or again by a
 checkpoint in backward, computes its own T. First derivatives only: second ones, and torch.func's
@@ -17,8 +17,8 @@ from __future__ import annotations
 import sys
 
 if __name__ == "kernels":
-    # Not ours is wanted, but PyPI's package of that name (transformers looks for it), and this folder
-    # stands first on sys.path: hand it over, if it is installed. What follows is then never used.
+    # Not ours is wanted, but PyPI's package of that name (transformers looks for it), and this
+    # folder stands first on sys.path: hand it over, if there is one. The rest is then never used.
     import os
     from importlib import machinery, util
     import loft
@@ -132,7 +132,7 @@ class Together(Function):
 
 
 def stack(rotation, parameters):
-    """The thetas of L rotations, then their scales, if they have any → one or two stacks (L, …)."""
+    """Thetas of L rotations, then their scales if they have any → one or two stacks (L, …)."""
     L = len(parameters) // (1 if rotation.scale is None else 2)
     return [torch.stack(parameters[i:i + L]) for i in range(0, len(parameters), L)]
 
@@ -162,22 +162,28 @@ class FusedRotation(loft.Rotation):
     handed = None, None, None, None                      # theta, thread, with gradient, blocks
 
     def forward(self, x, bias=None):
-        if self.P is None:
-            return super().forward(x, bias)
-        rows, P = x.reshape(-1, x.shape[-1]), self.P.to(x.dtype)         # (n, d)
-        z = rows @ P if bias is None else (rows - bias.to(x.dtype)) @ P
-        return torch.addmm(rows, self.in_support(z), P.mT).view(x.shape)
+        rows = x.reshape(-1, self.d)                     # (n, d)
+        u = rows if bias is None else rows - bias.to(x.dtype)
+        if self.P is not None:
+            P = self.P.to(x.dtype)
+            return torch.addmm(rows, self.in_support(u @ P), P.mT).view(x.shape)
+        D = self.blocks().to(x.dtype)
+        rows, u = (t.unflatten(-1, D.shape[:2]).transpose(0, 1) for t in (rows, u))
+        return torch.baddbmm(rows, u, D.mT).transpose(0, 1).reshape(x.shape)         # (d/c, n, c)
 
     def in_support(self, z):
-        theta, owner, with_grad, D = self.handed
-        fits = theta is self.transform.theta and owner == thread()
-        if not fits or with_grad < torch.is_grad_enabled():
-            D, = together([self], [self.transform()])
-        D = D.to(z.dtype)
+        D = self.blocks().to(z.dtype)
         if len(D) == 1:
             return z @ D[0].mT
-        z = z.unflatten(-1, (-1, D.shape[-1]))           # (…, r/c, c)
-        return torch.einsum("...kb,kcb->...kc", z, D).flatten(-2)
+        return torch.einsum("...kb,kcb->...kc", z.unflatten(-1, D.shape[:2]), D).flatten(-2)
+
+    def blocks(self):
+        """T − I on its diagonal (r/c, c, c)."""
+        theta, owner, with_grad, D = self.handed
+        fits = theta is self.transform.theta and owner == thread()
+        if fits and with_grad >= torch.is_grad_enabled():
+            return D
+        return together([self], [self.transform()])[0]
 
 
 def thread():

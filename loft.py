@@ -44,7 +44,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 # Makes this file a package: `from loft import selectors` is the file beside it, never Python's own.
 __path__ = [os.path.dirname(os.path.abspath(__file__))]
@@ -70,8 +70,8 @@ def skew(theta, b):
 
 def cayley(Q):
     """T − I = 2 Q (I − Q)⁻¹ for T = (I + Q)(I − Q)⁻¹: all rotations without the eigenvalue −1."""
-    if Q.ndim > 2 and Q.shape[-1] > 64 and Q.device.type == "cpu":
-        return torch.stack([cayley(q) for q in Q])       # torch's batched LU hangs there (#142815)
+    if Q.ndim > 2 and Q.shape[-1] > 64:                  # torch's batched LU hangs there (#142815)
+        return torch.stack([cayley(q) for q in Q])
     return polish(torch.linalg.solve(eye(Q) - Q, 2 * Q, left=False))
 
 
@@ -222,8 +222,8 @@ class LOFTLinear(nn.Module):
     @property
     def settings(self):
         """All that `wrap` needs to build this layer again, but P."""
-        return dict(method=self.method, side=self.side, magnitude=self.magnitude is not None,
-                    **self.rotation.config)
+        return dict(self.rotation.config, method=self.method, side=self.side,
+                    magnitude=self.magnitude is not None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Transform(nn.Module):
     """An orthogonal T (r × r), as a map of rows z (…, r) to z (T − I)ᵀ; I at the start.
 
     A subclass has `compute`, theta → the small tensors that T is made of, and `act`, which passes
-    rows through them. They are computed in float64 (float32 on MPS), kept in float32 at least.
+    rows through them. They are computed in float64 (float32 on MPS), whatever the rows' dtype.
     `compute` takes further leading dimensions too: kernels.py stacks the layers of a model there.
     """
 
@@ -244,12 +244,9 @@ class Transform(nn.Module):
         self.r, self.theta = r, nn.Parameter(theta)
 
     def forward(self, z):
-        return self.act(z, *(t.to(z.dtype) for t in self.factors()))
-
-    def factors(self):
-        with torch.autocast(self.theta.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False):
             parts = self.compute(wide(self.theta))
-        return [t.to(self.theta.dtype) for t in parts]
+        return self.act(z, *(t.to(z.dtype) for t in parts))
 
 
 class Skew(Transform):
@@ -337,7 +334,7 @@ class Givens(Transform):
 
     def regularizer(self):
         """qGOFT's Σ ⟨α, β⟩² over the columns α, β of its G."""
-        aa, ab, ba, bb = self.factors()[0].unbind(-1)
+        aa, ab, ba, bb = self.compute(self.theta)[0].unbind(-1)
         return ((1 + aa) * ab + ba * (1 + bb)).square().sum()
 
 
@@ -350,16 +347,14 @@ class Householder(Transform):
     """
 
     def __init__(self, r, reflections=8):
-        k = reflections
-        require(k > 0 and k % 2 == 0, f"reflections={k} must be even and ≥ 2: an odd product has "
-                "determinant −1, and cannot start at the identity")
-        super().__init__(r, torch.randn(r, k // 2).repeat_interleave(2, dim=1))
+        require(reflections > 0 and reflections % 2 == 0, f"reflections={reflections} must be even, ≥ 2:"
+                " an odd product has determinant −1, and cannot start at the identity")
+        super().__init__(r, torch.randn(r, reflections // 2).repeat_interleave(2, dim=1))
 
     def compute(self, u):
         """V (…, r, k) and S⁻¹ (…, k, k)."""
-        v = nn.functional.normalize(u, dim=-2)
-        a, b = v[..., 0::2], v[..., 1::2]
-        V = torch.stack([a, b - a], -1).flatten(-2)
+        V = nn.functional.normalize(u, dim=-2)
+        V[..., 1::2] -= V[..., 0::2]                     # (a, b) → (a, b − a)
         pair = torch.arange(V.shape[-1], device=u.device) // 2
         pair = (pair[:, None] == pair).to(V.dtype)
         G = V.mT @ V                                     # S = upper G + ½ diag G + ½ [[0,1],[−1,0]]
@@ -497,17 +492,16 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     parameters = plain_parameters(model)
     keep = matches("trainable", trainable or [], parameters)
 
-    new, small = {}, []
+    new = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)        # the CPU's alone
         for n, base in found.items():
             with naming(n):
-                P, d = supports[n], shape(base)[SIDES.index(side)]
+                P = supports[n]
                 if isinstance(P, str):
-                    P = own_support(base, d, side, P, rank)
-                if rank is not None and rank > d:
-                    small.append(n)
+                    P = own_support(base, side, P, rank)
                 new[base] = wrap(base, P, method=method, side=side, magnitude=magnitude, **config)
+    small = [n for n, base in found.items() if rank is not None and new[base].rotation.r < rank]
     if small:
         warnings.warn(f"rank={rank} exceeds the dimension, which is taken, of {', '.join(small)}")
     model.requires_grad_(False)                          # from here on nothing fails
@@ -517,19 +511,20 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     return beside("kernels").fuse(model) if backend == "fused" else model
 
 
-def own_support(base, d, side, name, r):
+def own_support(base, side, name, r):
     """The support called `name` of one layer, P (d, r), or None: all coordinates."""
     if name == "all":
         require(r is None, f"rank={r} means nothing to all coordinates: the transform's options "
                 "(block_size, stages, reflections) set its size")
         return None
-    require(name in SUPPORTS, f"support={name!r} is none of principal, random, all, a tensor, a dict"
-            " of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
+    require(name in SUPPORTS, f"support={name!r} is none of principal, random, all, a tensor, a "
+            "dict of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
             "adapt(model, support=P)")
     require(floating(base), f"its weight cannot be read; support={name!r} needs it: give a tensor")
     r = 32 if r is None else r
     require(r >= 1, f"rank={r} must be an int ≥ 1")
-    return SUPPORTS[name](matrix(base) if side == "input" else matrix(base).mT, min(r, d))
+    W = matrix(base) if side == "input" else matrix(base).mT             # (…, d)
+    return SUPPORTS[name](W, min(r, W.shape[1]))
 
 
 def wrap(base, P, *, method, side, magnitude, **config):
@@ -598,7 +593,7 @@ def merge(model):
     if any(layer.fused for layer in weights):
         beside("kernels").unfuse(model)
     for layer, W in weights.items():
-        layer.base.weight = nn.Parameter(W, layer.base.weight.requires_grad)
+        layer.base.weight = nn.Parameter(W, requires_grad=False)
     return replace(model, {layer: layer.base for layer in weights})
 
 
@@ -609,7 +604,7 @@ def merged(model):
     with disabled(model), contextlib.ExitStack() as after:
         for layer, W in weights.items():
             after.callback(setattr, layer.base, "weight", layer.base.weight)
-            layer.base.weight = nn.Parameter(W, layer.base.weight.requires_grad)
+            layer.base.weight = nn.Parameter(W, requires_grad=False)
         yield model
 
 
@@ -645,8 +640,9 @@ def orthogonality_error(model):
     errors = {}
     for n, layer in adapted(model).items():
         if layer.method != "lora":
-            D, P = layer.rotation.difference().double(), layer.rotation.P
-            PD = D if P is None else P.double() @ D
+            R = layer.rotation
+            D = R.difference().double()
+            PD = D if R.P is None else R.P.double() @ D
             errors[n] = (D + D.mT + PD.mT @ PD).abs().max().item()
     return errors
 

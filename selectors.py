@@ -1,28 +1,28 @@
 """Supports: where a rotation W0 (I + P (T − I) Pᵀ) should act.
 
-With G = ∂L/∂W (out × in), x a layer's input rows, δ the gradients of its output rows (G = Σ δᵀx), and
-R = exp(P A Pᵀ), A skew, the loss moves to first order by
+With G = ∂L/∂W (out × in) and R = exp(P A Pᵀ), A skew, the loss moves to first order by
 
-    dL = ⟨PᵀSP, A⟩_F,       S = skew(W0ᵀG) = ½ (W0ᵀG − GᵀW0)   (in × in)       (arXiv 2605.11872)
+    dL = ⟨PᵀSP, A⟩_F,     S = skew(W0ᵀG) = ½ (W0ᵀG − GᵀW0)   (in × in)      (arXiv 2605.11872)
 
-so of all that G says only S counts. (On the output side, R W0: the same with W0ᵀ and Gᵀ in place of W0
-and G.) Three questions decide how well a support learns:
+so of all that G says only S counts. (On the output side, R W0: the same of W0ᵀ and Gᵀ.) Three
+questions decide how well a support learns:
 
-1. Which planes? ‖PᵀSP‖_F, the **score** of P, is the steepest decrease per unit ‖A‖_F. S has eigenvalues
-   ±iσ_j, a plane each; the best P of even rank is the r/2 planes of largest σ: kind="skew".
-2. Whose gradient? G at W0 knows where descent starts, not where it goes. lookahead=N sums S along N steps
-   of a provisional adaptation, which is thrown away afterwards.
-3. Which basis? P V gives the same rotations for every orthogonal V (r × r), but Adam scales each entry of
-   the generator by itself, which is right only where entries are uncorrelated. `align` takes for V the
-   eigenbasis of C = Σ_b MᵀM, M = PᵀS_bP, over small pieces b of the data: Shampoo's preconditioner (its
-   left and right factors are one matrix here), so Adam on the new generator is SOAP (arXiv 2409.11321).
+1. Which planes? ‖PᵀSP‖_F, the **score** of P, is the steepest decrease per unit ‖A‖_F. S has the
+   eigenvalues ±iσ_j, a plane each, and the best P of even rank is the r/2 planes of largest σ:
+   kind="skew".
+2. Whose gradient? G at W0 knows where descent starts, not where it goes. lookahead=N sums S along
+   N steps of a provisional adaptation, which is thrown away afterwards.
+3. Which basis? P V gives the same rotations for every orthogonal V (r × r), but Adam scales each
+   entry of the generator by itself, which is right where entries are uncorrelated. `align` takes
+   for V the eigenbasis of C = Σ_b MᵀM, M = PᵀS_bP, over small pieces b of the data: Shampoo's
+   preconditioner, so that Adam on the new generator is SOAP (arXiv 2409.11321).
 
     from loft import selectors
-    P = selectors.skew(W0, G, r=32)                                 # tensors in, P (in, r) out
-    P = selectors.select(model, batches, loss_fn, rank=32)          # {layer: P}, aligned
+    P = selectors.skew(W0, G, r=32)                              # tensors in, P (in, r) out
+    P = selectors.select(model, batches, loss_fn, rank=32)       # {layer: P}, aligned
     P = selectors.select(model, batches, loss_fn, rank=32, lookahead=50)
+    P = selectors.within(model, batches, loss_fn, budget=20_000) # ranks where planes are strong
     loft.adapt(model, support=P)
-    P = selectors.within(model, batches, loss_fn, budget=20_000)    # ranks where planes are strong
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ import warnings
 from functools import partial
 
 if __name__ == "selectors":
-    # Not ours is wanted, but the standard library's module of that name, by asyncio or subprocess, and
-    # this folder stands first on sys.path: hand it over. What follows is then never used.
+    # asyncio or subprocess want the standard library's module of this name, and find this folder
+    # first on sys.path: hand theirs over. What follows is then defined, and never used.
     import os
     from importlib import machinery, util
     Function = object
@@ -46,18 +46,18 @@ else:
     from torch.autograd import Function
     from torch.utils import _pytree
 
-    from . import (SIDES, at_least_float32, floating, matches, matrix, naming, one_of, plain_parameters,
-                   principal, random, replace, require, shape, target_layers, wrap)
+    from . import (SIDES, at_least_float32, floating, matches, matrix, naming, one_of, principal,
+                   plain_parameters, random, replace, require, shape, target_layers, wrap)
 
 
 # --------------------------------------------------------------------------------------------------
-# Supports as functions of tensors: W and G (out, in) → P (in, r) with orthonormal columns. `random(W, r)`
-# and `principal(W, r)` are loft.py's. For the output side pass the transposes.
+# Supports as functions of tensors: W and G (out, in) → P (in, r) with orthonormal columns. loft.py
+# has random(W, r) and principal(W, r). For the output side pass transposes.
 
 def minor(W, r):
-    """The last r right singular vectors of W, without its null space, where a rotation does nothing."""
+    """The last r right singular vectors of W, but for its null space, where no rotation acts."""
     short = min(W.shape)
-    require(r <= short, f"rank {r}: W {tuple(W.shape)} has {short} directions outside its null space")
+    require(r <= short, f"rank {r}: only {short} directions of W are outside its null space")
     return torch.linalg.svd(full(W), full_matrices=False)[2][short - r:].mT.contiguous()
 
 
@@ -84,19 +84,19 @@ def coordinate(W, G, r):
 def paired(W, G, r):
     """Basis of [v_1, W0ᵀu_1, v_2, W0ᵀu_2, …], (u, σ, v) the top r/2 singular triplets of G.
 
-    For a rank-one G = σ u vᵀ the plane span{v, W0ᵀu} is the best there is, and v alone scores 0.
+    For a rank-one G = σ u vᵀ the plane span{v, W0ᵀu} is the best there is; v alone scores 0.
     """
     return pairs(full(W), full(G).mT, None, r)
 
 
 def rescored(W, G, r, pool=4):
-    """The best r dimensions for G inside the top pool·r principal directions V of W: P = V skew(WV, GV)."""
+    """The best r dimensions for G in the top pool·r principal directions V: V skew(WV, GV)."""
     V = principal(W, min(pool * r, W.shape[1]))
     return V @ skew(full(W) @ V, full(G) @ V, r)
 
 
 def skew(W, G, r):
-    """The support of largest score, the r/2 strongest planes of S: ‖PᵀSP‖_F² = 2 Σ_{j ≤ r/2} σ_j².
+    """The support of largest score, the r/2 strongest planes: ‖PᵀSP‖_F² = 2 Σ_{j ≤ r/2} σ_j².
 
     Of an odd r the last direction is in no plane, and of no use to first order.
     """
@@ -104,28 +104,34 @@ def skew(W, G, r):
 
 
 def planes(S, r):
-    """The strongest planes of a skew S (d, d) → basis (d, r), plane by plane, and their r // 2 falling σ.
+    """The strongest planes of a skew S (d, d) → basis (d, r), plane by plane, and their falling σ.
 
-    iS is Hermitian with eigenvalues ±σ_j. For a unit eigenvector v of +σ, √2 Re v and √2 Im v are a
-    basis of the plane; where several σ are equal, singular vectors of S would tear planes apart. Of a
-    large S inside r + 16 directions, which eight iterations find.
+    iS is Hermitian with eigenvalues ±σ_j. For a unit eigenvector v of −σ, √2 Re v and √2 Im v are a
+    basis of the plane, also where several σ are equal (singular vectors would tear planes apart).
+    Of a large S inside the r + 16 directions that eight iterations find.
     """
     if len(S) > max(256, 4 * r + 64):
         Z = torch.svd_lowrank(S, r + 16, niter=8)[0]
         V, sigma = planes(Z.mT @ S @ Z, r)
         return Z @ V, sigma
-    sigma, V = torch.linalg.eigh(1j * S)                     # ascending, −σ … +σ
-    basis = torch.view_as_real(V.flip(-1)).flatten(-2)       # Re v_1, Im v_1, Re v_2, …
-    return torch.linalg.qr(basis[:, :r])[0], sigma.flip(-1)[:r // 2]
+    sigma, V = torch.linalg.eigh(1j * S)                     # −σ_1, −σ_2, …, σ_2, σ_1
+    basis = torch.view_as_real(V).flatten(-2)                # Re v_1, Im v_1, Re v_2, …
+    return torch.linalg.qr(basis[:, :r])[0], -sigma[:r // 2]
 
 
 def score(W, G, P):
-    """‖PᵀSP‖_F, from thin products: PᵀSP = skew((W0 P)ᵀ(G P))."""
-    return skew_part((full(W) @ P).mT @ (full(G) @ P)).norm().item()
+    """‖PᵀSP‖_F, from thin products: the norm of skew((W0 P)ᵀ(G P))."""
+    return restricted(P, full(G), full(W)).norm().item()
 
 
 def skew_part(M):
     return (M - M.mT) / 2
+
+
+def restricted(P, x, g):
+    """PᵀSP (r, r) of S = skew(gᵀx), or what rows x and g add to it."""
+    P = P.to(x)
+    return skew_part((g @ P).mT @ (x @ P))
 
 
 def axes(Y, r):
@@ -149,15 +155,15 @@ def full(X):
 
 
 # --------------------------------------------------------------------------------------------------
-# One mechanism over a model. Put a rotation on a layer (R = I will do). With x the rows that it turns and
-# g the gradients of the rows that it returns, W0ᵀG = Σ gᵀx, on either side: on the input side x is the
-# layer's input and g = δW0, on the output side x is its output and g = δ. So S needs no weight, and no
-# product larger than rows times a thin Z: S Z = ½ Σ (gᵀ(xZ) − xᵀ(gZ)).
+# One mechanism over a model. Put a rotation on a layer; R = I will do. With x the rows that it
+# turns and g the gradients of the rows that it returns, W0ᵀG = Σ gᵀx on either side: on the input
+# side x is the layer's input and g = δW0 (δ: the gradients of its output), on the output side x is
+# its output and g = δ. So S needs no weight, and S Z no product larger than rows times a thin Z.
 
 class Look(Function):
-    """The identity of u, whose backward pass calls see(ctx, ∂L/∂u), with x in ctx.saved_tensors.
+    """The identity of u, whose backward pass calls see(ctx, ∂L/∂u), x being in ctx.saved_tensors.
 
-    So x is kept as autograd keeps tensors: checkpointing drops it, a change in place is found.
+    So x is kept as autograd keeps tensors: checkpoints drop it, a change in place is found.
     """
 
     @staticmethod
@@ -190,7 +196,7 @@ def rotated(model, layers, side, supports={}, trainable=()):
     model is as it was, whatever happens.
     """
     new, others = {}, plain_parameters(model)
-    train = [others[n] for n in matches("trainable", trainable, others)] if trainable else []
+    train = [others[n] for n in matches("trainable", trainable or (), others)]
     for n, layer in layers.items():
         with naming(n):
             P = supports.get(n, torch.eye(shape(layer)[SIDES.index(side)], 2))
@@ -203,7 +209,7 @@ def rotated(model, layers, side, supports={}, trainable=()):
             after.callback(setattr, m, "training", m.training)
         after.callback(replace, model, {new[n]: layer for n, layer in layers.items()})
         model.requires_grad_(False).eval()
-        for layer in layers.values():                    # a quantised one may repack itself in eval mode
+        for layer in layers.values():            # a quantised one may repack itself in eval mode
             layer.train(not floating(layer))
         for p in train:
             after.callback(p.data.copy_, p.detach().clone())
@@ -211,17 +217,17 @@ def rotated(model, layers, side, supports={}, trainable=()):
         yield replace(model, {layer: new[n] for n, layer in layers.items()}), new
 
 
-def gather(model, layers, batches, loss_fn, function, place="rotation", step=None):
+def gather(model, layers, batches, loss_fn, function, place="rotation", step=None, skip_nan=False):
     """{layer: Σ function(name, x, g)} over the rows (n, d) of all batches, float32 or wider.
 
-    place="rotation": x and g as above; "layer": a layer's inputs x and the gradients δ of its outputs.
+    place="rotation": x and g as above; "layer": inputs x of a layer, gradients δ of its outputs.
     step() follows every backward pass. Summed over ranks too, where torch.distributed runs. A layer
-    whose sum is zero is left out. ValueError: a loss that does not fit, no batches, what is not finite.
+    whose sum is zero is left out. ValueError: a loss or a sum that does not fit, no batches.
     """
     sums, count = {}, 0
 
     def see(name, ctx, g):
-        with naming(name), torch.autocast(g.device.type, enabled=False):
+        with naming(name):
             rows = (full(t).reshape(-1, t.shape[-1]) for t in (*ctx.saved_tensors, g))
             sums[name] += function(name, *rows)
 
@@ -236,24 +242,26 @@ def gather(model, layers, batches, loss_fn, function, place="rotation", step=Non
         after.callback(say, "")
         for count, batch in enumerate(batches, 1):
             with torch.enable_grad():
-                backward(loss_fn(model, batch), count)
+                backward(loss_fn(model, batch), count, skip_nan)
             if step is not None:
                 step()
             say(f"choosing supports: batch {count}")
     require(count, "batches is empty: nothing to choose a support from")
-    for n, Y in sums.items():
+    for n, total in sums.items():
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(Y)
-        require(Y.isfinite().all(), f"layer {n!r}: its gradient (or input) is not finite")
-    return {n: Y for n, Y in sums.items() if Y.any()}
+            torch.distributed.all_reduce(total)
+        require(total.isfinite().all(), f"layer {n!r}: its gradient (or input) is not finite")
+    return {n: total for n, total in sums.items() if total.any()}
 
 
-def backward(loss, count):
+def backward(loss, count, skip_nan):
     scalar = torch.is_tensor(loss) and loss.numel() == 1
     require(scalar, f"loss_fn returned {getattr(loss, 'shape', loss)}, expected a scalar tensor")
+    require(loss.requires_grad, "the loss does not depend on any target layer (or they are in a "
+            "reentrant checkpoint, whose input has to require grad: take use_reentrant=False)")
+    if skip_nan and loss.isnan():                            # the mean over a piece of padding
+        return
     require(loss.isfinite(), f"the loss of calibration batch {count} is {loss.item()}")
-    require(loss.requires_grad, "the loss does not depend on any target layer (or they are in a reentrant "
-            "checkpoint, whose input would have to require grad: take use_reentrant=False)")
     loss.backward()
 
 
@@ -263,7 +271,7 @@ def say(text):
 
 
 def S_times(Z, x, g):
-    """What rows add to S Z; Z = None: to S."""
+    """What rows add to S Z; to S, where Z is None."""
     if Z is None:
         return skew_part(g.mT @ x)
     return (g.mT @ (x @ Z) - x.mT @ (g @ Z)) / 2
@@ -277,31 +285,31 @@ KINDS = (*OF_WEIGHT, "coordinate", "activation", "gradient", "paired", "rescored
 
 
 class Sketch:
-    """What the support of one layer is made of: a matrix H (d, ·) of it, or H Z where H would be large.
+    """What the support of one layer is made of: a matrix H (d, ·), or H Z where H would be large.
 
-    H is S, or Gᵀ (gradient, paired), or a second moment. Up to d = `dense` Z is I, and a pass over data
-    gives H. Above, Z is thin, random at first; a pass gives H Z, the next one goes on from orth(H Z), and
-    the last one counts. (Gᵀ maps from one space into another, so G takes turns with it.) For `rescored`
-    Z is principal, and stays.
+    H is S, or Gᵀ (gradient, paired), or a second moment. Up to d = `dense` Z is I, and a pass over
+    data gives H. Above, Z is thin, at first random; a pass gives H Z, the next one goes on from
+    orth(H Z), and the last one counts. (Gᵀ maps from one space into another, so that G takes turns
+    with it.) For `rescored` Z is principal, and stays.
     """
 
     def __init__(self, kind, layer, side, r, passes, dense, pool):
-        d = shape(layer)[SIDES.index(side)]
         require(isinstance(r, int) and r >= 1, f"rank {r!r} must be an int ≥ 1")
         if r % 2 and kind in ("skew", "rescored"):
-            warnings.warn(f"an odd rank, {r}, has a direction that is in no plane: take an even one")
+            warnings.warn(f"rank {r} is odd: one of its directions is in no plane")
+        d = shape(layer)[SIDES.index(side)]
         self.kind, self.layer, self.side, self.r, self.left = kind, layer, side, min(r, d), passes
-        self.across = kind in ("gradient", "paired")
+        self.place = "layer" if kind in ("gradient", "paired") else "rotation"
         self.thin = d > dense and kind not in (*OF_WEIGHT, "rescored")
-        self.Z, self.HZ, self.sigma = None, None, ()
+        self.Z, self.HZ, self.sigma = None, 0, ()
         if kind == "rescored":
             self.Z = principal(self.weight(), min(pool * r, d))
         elif self.thin:
             W = self.weight()
-            self.Z = random(W.mT if self.across and passes % 2 else W, r + 16)
+            self.Z = random(W.mT if self.place == "layer" and passes % 2 else W, r + 16)
 
     def weight(self):
-        """W0 in float32 or wider, its transpose for the output side; a quantised one by what it does."""
+        """W0, float32 or wider; transposed for the output side; quantised: by what it does."""
         layer = self.layer
         if floating(layer):
             W = matrix(layer)
@@ -311,25 +319,26 @@ class Sketch:
             W = (layer(x) - layer(0 * x[:1])).mT
         return full(W if self.side == "input" else W.mT)
 
+    @property
+    def reached(self):
+        return torch.is_tensor(self.HZ) or self.kind in OF_WEIGHT
+
     def next_pass(self):
         self.left -= 1
-        if self.thin and self.HZ is not None:
-            self.Z, self.HZ = torch.linalg.qr(self.HZ)[0], None
+        if self.thin and self.reached:
+            self.Z, self.HZ = torch.linalg.qr(self.HZ)[0], 0
 
     def product(self, x, g):
         """What rows add to H Z."""
         if self.kind == "moment":
             return -S_times(S_times(self.Z, x, g), x, g)
         if self.kind == "activation":
-            x = g = x[g.any(dim=1)]                      # a row with g = 0 is padding
-        elif not self.across:
+            x = g = x[g.any(dim=1)]                          # a row with g = 0 is padding
+        elif self.place == "rotation":
             return S_times(self.Z, x, g)
         elif (self.side == "output") != (self.thin and self.left % 2 == 1):
-            x, g = g, x                                  # the other side's Gᵀ, or G's turn: not both
+            x, g = g, x                                      # the other side, or G's turn: not both
         return x.mT @ (g if self.Z is None else g @ self.Z)
-
-    def take(self, HZ):
-        self.HZ = HZ if self.HZ is None else self.HZ + HZ
 
     def support(self):
         if self.kind in OF_WEIGHT:
@@ -344,76 +353,73 @@ class Sketch:
         if self.Z is None:
             P, self.sigma = planes(self.HZ, self.r)
             return P
-        V, self.sigma = planes(self.Z.mT @ self.HZ, self.r)              # Rayleigh–Ritz
+        V, self.sigma = planes(self.Z.mT @ self.HZ, self.r)  # Rayleigh–Ritz
         return self.Z @ V
 
 
 def measure(sketches, model, batches, loss_fn, passes, start, steps, lr, trainable):
-    """Fills sketches by passes over the batches, or along the steps of a path from supports `start`."""
-    one, step = next(iter(sketches.values())), None
+    """Fills sketches, by passes over the batches or, with `steps`, along a path from `start`."""
+    one, layers = next(iter(sketches.values())), {n: sketch.layer for n, sketch in sketches.items()}
     passes = passes if any(sketch.thin for sketch in sketches.values()) else 1
+    require(not 0 < steps < passes, f"lookahead={steps} is less than passes={passes}")
     parts = [batches] * passes
     if steps:
-        require(steps >= passes, f"lookahead={steps} is less than passes={passes}")
         endless = itertools.chain.from_iterable(itertools.repeat(batches, steps))
         parts = [itertools.islice(endless, (steps + i) // passes) for i in range(passes)]
-    layers = {n: sketch.layer for n, sketch in sketches.items()}
-    start, trainable = (start, trainable) if steps else ({}, ())
     with rotated(model, layers, one.side, start, trainable) as (model, sites):
-        if steps:
-            step = adam(model, lr, steps)
+        step = adam(model, lr, steps) if steps else None
         for i, part in enumerate(parts):
             for sketch in sketches.values():
                 sketch.next_pass()
-            open_ones = {n: sites[n] for n in sketches if i == 0 or steps or sketches[n].thin}
-            sums = gather(model, open_ones, part, loss_fn, lambda n, x, g: sketches[n].product(x, g),
-                          "layer" if one.across else "rotation", step)
+            unfinished = {n: sites[n] for n in sites if i == 0 or steps or sketches[n].thin}
+            sums = gather(model, unfinished, part, loss_fn,
+                          lambda n, x, g: sketches[n].product(x, g), one.place, step)
             for n, HZ in sums.items():
-                sketches[n].take(HZ)
+                sketches[n].HZ += HZ
 
 
 def adam(model, lr, steps):
-    """A step of Adam for all that trains, the rate rising over the first tenth of `steps`."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.99))
-    rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1, (t + 1) / max(1, steps // 10)))
+    """A step of Adam for all that trains, its rate rising over the first tenth of `steps`."""
+    parameters, warm = [p for p in model.parameters() if p.requires_grad], max(1, steps // 10)
+    optimizer = torch.optim.Adam(parameters, lr, (0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, total_iters=warm - 1)
 
     def step():
         optimizer.step()
-        rise.step()
+        schedule.step()
         optimizer.zero_grad()
     return step
 
 
 def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="input", align=True,
-           lookahead=0, lookahead_lr=1e-2, lookahead_support="principal", trainable=(), budget=None,
-           passes=3, dense=1024, pool=4, seed=0):
+           lookahead=0, lookahead_lr=1e-2, lookahead_support="principal", trainable=(),
+           budget=None, passes=3, dense=1024, pool=4, seed=0):
     """Chooses a support for every target layer → {layer: P}, for `loft.adapt(model, support=…)`.
 
     Args:
         batches: what loss_fn takes, any iterable (a one-shot iterator is kept in a list).
-        loss_fn: (model, batch) → a scalar loss of any task.
+        loss_fn: (model, batch) → a scalar loss of any task. It may call model.train().
         rank: an int, or {layer: int}; a smaller layer takes its dimension. targets, side: as in
-            `loft.adapt`. kind: one of `KINDS`.
-        align: in the basis that suits Adam, by one more pass (see `align`).
-        lookahead: steps of a path that H is summed along; 0: H at W0. On the path lookahead_support (a
-            kind, at the same rank, aligned; or {layer: P}) is trained by Adam at lookahead_lr on the
-            batches in turn, in about the time of as many training steps, and with it the parameters
-            `trainable` (a new head, say; named as in `loft.adapt`). Nothing else trains, and all is put
-            back.
-        budget: see `within`.
-        passes: over the batches, where a rotated dimension is above `dense`; a path has as many parts.
-            The other layers keep a sum of d × d, and take one.
-        pool: of `rescored`. seed: the result is a function of it.
-    The model runs in eval mode, frozen, and is left as it was found, as are torch's random states. With
-    bf16, autocast, checkpointing, layers called several times, quantised and adapted layers (taken as
-    the layers they are now). Layers that no gradient reaches are warned of and left out. ValueError:
-    names the layer or setting that does not fit.
+            `loft.adapt`. kind: one of `KINDS`. align: by one more pass (see `align`).
+        lookahead: steps of a path that H is summed along; 0: H at W0. On it lookahead_support (a
+            kind, of the same rank, aligned; or {layer: P}) is trained by Adam at lookahead_lr, on
+            the batches in turn, in about the time of as many training steps, and with it the
+            parameters `trainable` (a new head, say; named as in `loft.adapt`); nothing else is.
+            Then all is put back.
+        budget: see `within`. pool: of `rescored`. seed: the result is a function of it.
+        passes: over the batches, where a rotated dimension is above `dense`; a path has as many
+            parts. The other layers keep a sum of d × d, and take one.
+    The model runs frozen and in eval mode, and is left as it was found, as are torch's random
+    states. With bf16, autocast (inside
+    loss_fn), checkpoints, layers called several times; quantised and adapted
+    layers count as the layers that they are now. Layers that no gradient reaches are warned of and
+    left out. ValueError: names the layer or setting that does not fit.
     """
     one_of("kind", kind, KINDS)
     one_of("side", side, SIDES)
-    require(passes >= 2, f"passes={passes}: one finds a subspace and one measures it, at the least")
-    require(not lookahead or kind not in OF_WEIGHT, f"lookahead={lookahead}: {kind} follows from W0")
-    layers, sketches, supports, start = target_layers(model, targets), {}, {}, lookahead_support
+    require(passes >= 2, f"passes={passes}: one to find a subspace and one to measure it, at least")
+    require(not lookahead or kind not in OF_WEIGHT, f"{kind} follows from W0: no lookahead")
+    layers, sketches, supports = target_layers(model, targets), {}, {}
     batches = list(batches) if iter(batches) is batches else batches
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
@@ -423,16 +429,18 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
                 r = rank.get(n) if isinstance(rank, dict) else rank
                 sketches[n] = Sketch(kind, layer, side, r, passes, dense, pool)
         if kind not in OF_WEIGHT:
-            if lookahead and isinstance(start, str):
+            start = lookahead_support if lookahead else {}
+            if isinstance(start, str):
                 start = select(model, batches, loss_fn, rank, start, layers, side=side, dense=dense,
                                seed=seed)
-            measure(sketches, model, batches, loss_fn, passes, start, lookahead, lookahead_lr, trainable)
+            measure(sketches, model, batches, loss_fn, passes, start, lookahead, lookahead_lr,
+                    trainable)
         for n, sketch in sketches.items():
             with naming(n):
-                if kind in OF_WEIGHT or sketch.HZ is not None:
+                if sketch.reached:
                     supports[n] = sketch.support()
-        missing = [n for n in layers if n not in supports]
         require(supports, "no gradient reaches a target layer")
+        missing = [n for n in layers if n not in supports]
         if missing:
             warnings.warn(f"no gradient reached {', '.join(missing)}: no support chosen there")
         if budget is not None:
@@ -442,8 +450,8 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
 
 
 def within(model, batches, loss_fn, budget, targets=None, *, max_rank=64, **options):
-    """Supports of kind "skew" whose ranks, up to max_rank, spend `budget` parameters where planes are
-    strongest: Σ r(r−1)/2 ≤ budget, for dense transforms. Layers that get none are left out.
+    """Supports of kind "skew" whose ranks, up to max_rank, spend `budget` parameters on the planes
+    that are strongest: Σ r(r−1)/2 ≤ budget, for dense transforms. Other layers are left out.
 
     Planes come strongest first, so a smaller rank needs no new selection. options: of `select`.
     """
@@ -453,27 +461,28 @@ def within(model, batches, loss_fn, budget, targets=None, *, max_rank=64, **opti
 def spend(sigma, budget):
     """{layer: even rank} that collects the most Σ 2σ_j² for Σ r(r−1)/2 ≤ budget.
 
-    A plane adds 2σ² and costs 2r + 1, r the rank so far. Taken by gain per parameter, which is the best
-    possible up to the last plane, as gains fall and costs rise.
+    A plane adds 2σ² and costs 2r + 1, r the rank so far. Taken by gain per parameter, which is the
+    best possible up to the last plane, as gains fall and costs rise.
     """
-    ranks = dict.fromkeys(sigma, 0)
-    planes = [(float(s) ** 2 / (4 * j + 1), 4 * j + 1, n) for n in sigma for j, s in enumerate(sigma[n])]
+    ranks, planes = dict.fromkeys(sigma, 0), []
+    for n in sigma:
+        planes += [(float(s) ** 2 / (4 * j + 1), 4 * j + 1, n) for j, s in enumerate(sigma[n])]
     for gain, cost, n in sorted(planes, reverse=True):
-        if gain and cost == 2 * ranks[n] + 1 <= budget:  # too dear: one of another layer may still fit
+        if gain and cost == 2 * ranks[n] + 1 <= budget:      # too dear: a cheaper one may still fit
             ranks[n], budget = ranks[n] + 2, budget - cost
-    require(any(ranks.values()), f"the budget left, {budget}, buys no plane: the first costs 1 parameter")
+    require(any(ranks.values()), f"budget={budget} buys no plane: the first costs 1 parameter")
     return {n: r for n, r in ranks.items() if r}
 
 
 # --------------------------------------------------------------------------------------------------
-# Of given supports: their basis, their score
+# Of given supports: the basis, the score
 
 def align(model, batches, loss_fn, supports, *, side="input"):
     """{layer: P V}, V the eigenbasis of C = Σ_b MᵀM, M = PᵀS_bP: the basis that suits Adam.
 
-    The pieces b: a batch of tensors with one first dimension (in tuples, lists, dicts) is cut into
-    pieces of 8; another is a piece as it is. A layer called several times makes a piece of each call.
-    For supports of any origin. The span stays, and the rotations within reach; C becomes diagonal.
+    A batch of tensors with one first dimension (in tuples, lists, dicts) is cut into pieces b of 8;
+    another is a piece as it is. A layer called several times makes a piece of each call. For
+    supports of any origin. The span stays, and all rotations in it; C becomes diagonal.
     """
     def gram(name, x, g):
         M = restricted(supports[name], x, g)
@@ -481,25 +490,20 @@ def align(model, batches, loss_fn, supports, *, side="input"):
 
     pieces = itertools.chain.from_iterable(map(cut, batches))
     with rotated(model, target_layers(model, supports), side) as (turning, sites):
-        C = gather(turning, sites, pieces, loss_fn, gram)
-    V = {n: torch.linalg.eigh(X)[1].flip(-1) for n, X in C.items()}
+        C = gather(turning, sites, pieces, loss_fn, gram, skip_nan=True)
+    V = {n: torch.linalg.eigh(total)[1].flip(-1) for n, total in C.items()}
     return {n: P.to(V[n]) @ V[n] if n in V else P for n, P in supports.items()}
 
 
-aligned = align                                          # in `select`, align is a switch
+aligned = align                                              # in `select`, align is a switch
 
 
 def scores(model, batches, loss_fn, supports, *, side="input"):
     """{layer: ‖PᵀSP‖_F} of supports, S of the summed loss, in one pass of thin products."""
     with rotated(model, target_layers(model, supports), side) as (turning, sites):
-        M = gather(turning, sites, batches, loss_fn, lambda n, x, g: restricted(supports[n], x, g))
+        M = gather(turning, sites, batches, loss_fn,
+                   lambda n, x, g: restricted(supports[n], x, g))
     return {n: M[n].norm().item() if n in M else 0.0 for n in supports}
-
-
-def restricted(P, x, g):
-    """What rows add to PᵀSP (r, r)."""
-    P = P.to(x)
-    return skew_part((g @ P).mT @ (x @ P))
 
 
 def cut(batch, size=8):
@@ -508,4 +512,5 @@ def cut(batch, size=8):
     lengths = {len(t) if torch.is_tensor(t) and t.ndim else None for t in leaves}
     if len(lengths) > 1 or None in lengths:
         return [batch]
-    return [_pytree.tree_unflatten(piece, tree) for piece in zip(*(t.split(size) for t in leaves))]
+    pieces = zip(*(t.split(size) for t in leaves))
+    return [_pytree.tree_unflatten(piece, tree) for piece in pieces]

@@ -123,14 +123,14 @@ def test_R_is_orthogonal_whatever_is_learned(transform, r, exponent, dtype, seed
 def test_ten_thousand_steps_at_absurd_rates():
     """Nothing drifts, for nothing is accumulated."""
     torch.manual_seed(0)
-    T, target = loft.TRANSFORMS["cayley"](4), torch.randn(4, 4)
+    T, eye, target = loft.TRANSFORMS["cayley"](4), torch.eye(4), torch.randn(4, 4)
     for rate in (0.5, 1e4):
         optimizer = torch.optim.Adam(T.parameters(), rate)
         for _ in range(5_000):
             optimizer.zero_grad()
-            (T.factors()[0] - target).square().sum().backward()
+            (T(eye) - target).square().sum().backward()
             optimizer.step()
-    D = T.double().factors()[0]
+    D = T.double()(eye.double())
     assert T.theta.abs().max() > 100 and (D + D.mT + D.mT @ D).abs().max() <= 1e-12
 
 
@@ -202,17 +202,16 @@ def test_autograd_keeps_z_and_not_x(side):
 def test_saved_and_loaded(case, side, tmp_path):
     """Every bit, into a plain model and, in place, an adapted one; nothing random is disturbed."""
     base, model, x = pair(case, side, torch.float32, trainable=["2.bias"])
+    stir(model)
     path, state = tmp_path / "new" / "a.pt", torch.get_rng_state()
     other = loft.adapt(copy.deepcopy(base), ["0", "2"], side=model[0].side, seed=1, **CASES[case])
     held = trained(other)
     loft.save(model, path)
-    assert torch.equal(torch.get_rng_state(), state)
-    loft.save(stir(model), path)
     for again in (loft.load(base, path), loft.load(other, path)):
         assert bits(again) == bits(model)
         same(again(x), model(x))
     assert all(trained(other)[n] is p for n, p in held.items())          # an optimizer goes on
-    assert os.listdir(path.parent) == ["a.pt"]
+    assert torch.equal(torch.get_rng_state(), state) and os.listdir(path.parent) == ["a.pt"]
 
 
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
@@ -360,7 +359,7 @@ BODY = ["fc", "block.fc", "block.gate_fc"]
 
 @pytest.mark.parametrize("targets, expected", [
     (None, BODY), ("^fc|score", ["fc", "score"]), (["fc"], ["fc", "block.fc"]),
-    (["block.fc"], ["block.fc"]), (lambda n, m: m.out_features == 6, BODY[1:])])
+    (lambda n, m: m.out_features == 6, BODY[1:])])
 def test_which_layers_are_adapted(targets, expected):
     """By default all but output heads; parts of a name are whole; a bare encoder has no head."""
     assert list(loft.target_layers(Named(), targets)) == expected
@@ -368,8 +367,7 @@ def test_which_layers_are_adapted(targets, expected):
 
 
 @pytest.mark.parametrize("trainable, expected", [
-    ("", []), ("^score", ["score.weight", "score.bias"]), (["tied.weight"], ["embed.weight"]),
-    (["fc.bias"], ["fc.base.bias", "block.fc.bias"])])
+    ("", []), (["score"], ["score.weight", "score.bias"]), ("tied", ["embed.weight", "tied.bias"])])
 def test_what_trains(trainable, expected):
     """The adapter, and what is named; a tied weight goes by either name."""
     model = loft.adapt(Named(), support={"fc": torch.eye(12)[:, :2]}, trainable=trainable)
@@ -450,21 +448,33 @@ def test_compiled_is_eager():
 
 
 def python(cwd, *arguments):
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, check=True, timeout=120,
-                          capture_output=True, text=True).stdout
+    subprocess.run([sys.executable, *arguments], cwd=cwd, check=True, timeout=120)
 
 
 def test_loft_alone(tmp_path):
-    """Copied into an empty folder it runs, and works; large blocks do not hang on two threads."""
+    """Copied into an empty folder it runs, and works, on a bare layer too."""
     shutil.copy(HERE / "loft.py", tmp_path)
-    assert "hra" in python(tmp_path, "loft.py")
+    python(tmp_path, "loft.py")
     python(tmp_path, "-c", """
 import loft, torch
-torch.set_num_threads(2)
-layer = loft.adapt(torch.nn.Linear(512, 512), method="oft", block_size=256)
-torch.nn.init.normal_(layer.rotation.transform.theta, std=0.01)
-layer(torch.randn(4, 512)).sum().backward()
-loft.merge(layer)
+layer = loft.adapt(torch.nn.Linear(8, 8), support="random", rank=4)
+loft.save(layer, "a.pt")
+loft.merge(loft.load(torch.nn.Linear(8, 8), "a.pt"))
+""")
+
+
+@pytest.mark.parametrize("package", ["", "vendored."])
+def test_selectors_the_name(package, tmp_path):
+    """`import selectors` is the standard library's, `from loft import selectors` ours."""
+    folder = tmp_path / package[:-1]
+    folder.mkdir(exist_ok=True)
+    for file in ("loft.py", "selectors.py"):
+        shutil.copy(HERE / file, folder)
+    python(tmp_path, "-c", f"""
+import asyncio, subprocess, selectors
+assert hasattr(selectors, "DefaultSelector")
+from {package}loft import selectors
+assert hasattr(selectors, "skew") and not hasattr(selectors, "DefaultSelector")
 """)
 
 
@@ -610,7 +620,6 @@ ADAPT = [
     (dict(targets="0", support=EYE[:5]), "layer '0': the support has shape (5, 4), expected (12,"),
     (dict(targets="0", support=EYE, rank=5), "rank=5, but a support given as tensors has its own"),
     (dict(support={"0": EYE, "one": EYE}), "supports of ['0', 'one'], not ['0']"),
-    (dict(targets=["0", "2"], support={"0": EYE}), "supports of ['0'], not ['0', '2']"),
     (dict(method="oft", rank=4), "layer '0': rank=4 means nothing to all coordinates"),
     (dict(method="oft", block_size=5), "layer '0': block_size=5, stages=1"),
     (dict(method="boft", block_size=4, stages=3), "has to divide 12"),
@@ -630,7 +639,7 @@ REFUSALS = [
     (lambda: loft.adapt(int8(), support="all"), using(loft.merge), "layer '0': no floating weight"),
     (lambda: network()[:2], loft.load, "layer '2': the model has no such linear layer"),
     (lambda: nn.Sequential(nn.Linear(13, 20), *network()[1:]), loft.load, "(12, 4), expected (13"),
-    (lambda: loft.adapt(network(), "0", rank=4), loft.load, "in the file, {'0': {'method': 'loft'"),
+    (lambda: loft.adapt(network(), "0", rank=4), loft.load, "in the file, {'0'"),
     (lambda: loft.adapt(network(), ["0", "2"], rank=6), loft.load, "'0.rotation.P' is"),
     *((partial(four, **more), loft.load, "in the file, {'0'") for more in (
         dict(side="output"), dict(method="psoft"), dict(transform="expm"), dict(magnitude=True))),

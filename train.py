@@ -24,12 +24,13 @@ import math
 import statistics
 import sys
 import time
+import timeit
 import warnings
 import zlib
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch does without it
-warnings.filterwarnings("ignore", message="an odd rank|rank=.* exceeds")         # a budget's size
+warnings.filterwarnings("ignore", message="rank")        # odd, or large: it is what a budget buys
 
 import torch
 from torch import nn
@@ -44,8 +45,8 @@ SUPPORTS = (*ALIGNED, *(f"{kind}-plain" for kind in ALIGNED))
 SHOWN = "random,principal,skew,lookahead"                # of loft, by default
 OWN = {"psoft": "principal-plain", "frozen": None, "lora": None, "full": None}     # of others: all
 SIZE = {"oft": "block_size", "boft": "block_size", "hra": "reflections"}         # of others a rank
-RATES = {"random": 3e-2, "minor": 3e-2, "coordinate": 3e-2, "oft": 3e-2, "hra": 3e-2, "lora": 3e-2,
-         "full": 3e-3}                                   # of other supports and methods 1e-2
+RATES = dict.fromkeys(("random", "minor", "coordinate", "oft", "hra", "lora"), 3e-2)
+RATES["full"] = 3e-3                                     # of other supports and methods 1e-2
 CALIBRATION = 8                                          # batches that a support is chosen from
 
 
@@ -58,8 +59,8 @@ def listed(kind, valid=None):
         values = [kind(word) for word in text.split(",")]
         for value in values:
             if not (value in valid if valid else 0 < value < math.inf):
-                wanted = ", ".join(valid or ["positive numbers"])
-                raise argparse.ArgumentTypeError(f"{value}; wanted: {wanted}")
+                raise argparse.ArgumentTypeError(
+                    f"{value}; wanted: {', '.join(valid or ['positive numbers'])}")
         return values
     return numbers
 
@@ -88,10 +89,10 @@ def parse(argv):
     add("--lr", type=listed(float), help="several are tried on the first seed, and the one that is "
         "best on a split of its own goes on (default: one for each support and method)")
     add("--steps", type=positive, default=200, help="of training, lookahead's included (200)")
-    add("--seeds", type=positive, default=1, help="how many (1)")
-    add("--pretrain-steps", type=positive, help="default: the task's")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=positive, default=1, help="more pay only on an idle machine (1)")
+    add("--seeds", type=positive, default=1)
+    add("--pretrain-steps", type=positive)
+    add("--device", default="cpu")
+    add("--threads", type=positive, help="default: one or all, whichever is faster now")
     add("--out", type=Path, default=Path("runs") / time.strftime("%Y%m%d-%H%M%S"),
         help="folder of the results (default runs/ and the time)")
     add("--resume", type=Path, metavar="DIR", help="a run's folder: goes on there, with its "
@@ -114,18 +115,18 @@ def parse(argv):
 # --------------------------------------------------------------------------------------------------
 # Fit: the loop, and what comes before it
 
-def fit(task, model, steps, lr, seed, label, watch=False):
+def fit(task, model, steps, lr, seed, label):
     """Trains what requires grad by Adam: warm-up over a tenth of the steps, cosine decay to 0.
 
-    Returns the median milliseconds of a step, and where it is watched [(step, bits on tune, bits on
-    the old domain)] of every tenth. FloatingPointError: names the step and the layer.
+    Returns the median milliseconds of a step, and [step, bits on tune, bits on the old domain] of
+    every tenth, where there is one. FloatingPointError: names the step and the layer.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr, betas=(0.9, 0.99))
     generator, warm, ms, curve = torch.Generator().manual_seed(seed), max(1, steps // 10), [], []
     for step in range(1, steps + 1):
         start = time.perf_counter()
-        decay = 0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps)
+        decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         optimizer.param_groups[0]["lr"] = lr * min(step / warm, decay)
         model.train()
         loss = task.loss_fn(model, task.draw(generator))
@@ -142,7 +143,7 @@ def fit(task, model, steps, lr, seed, label, watch=False):
             print(f"{label}  step {step}/{steps}  {loss / math.log(2):.3f} bits  {speed:.1f} "
                   f"steps/s  {(steps - step) / speed:.0f} s left ", end="\n" if last else "\r",
                   flush=True)
-        if watch and (last or step % max(1, steps // 10) == 0):
+        if task.old and (last or step % max(1, steps // 10) == 0):
             curve.append([step, task.bits(model, "tune", 1), task.kept(model, 1)])
     return statistics.median(ms), curve
 
@@ -157,8 +158,9 @@ def prepare(name, args):
     file = args.out.parent / f"pretrained-{old.name}-{zlib.crc32(recipe.encode()):08x}.pt"
     if not file.exists():
         fit(old, old.model, steps, old.lr, 0, f"{name}: pretraining on {old.name}")
-        torch.save(old.model.state_dict(), file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        part = file.with_suffix(".tmp")
+        torch.save(old.model.state_dict(), part)
+        part.replace(file)
     old.model.load_state_dict(torch.load(file, args.device, weights_only=True))
     task.model.requires_grad_(False)
     if task.head:
@@ -222,12 +224,12 @@ def adapt(model, task, cell):
         generator = torch.Generator().manual_seed(1000 + cell["seed"])
         batches = [task.draw(generator) for _ in range(CALIBRATION)]
         kind = "skew" if cell["lookahead_steps"] else support.removesuffix("-plain")
-        start, _ = time.perf_counter(), peak_mib(task.device)
+        start, _ = time.perf_counter(), peak_mib()
         P = selectors.select(
             model, batches, task.loss_fn, size, kind, side=options.get("side", "input"),
             align=cell["align"], lookahead=cell["lookahead_steps"], seed=cell["seed"],
             trainable=r"^head\." if task.head else ())
-        cost = dict(select_s=time.perf_counter() - start, select_mib=peak_mib(task.device))
+        cost = dict(select_s=time.perf_counter() - start, select_mib=peak_mib())
     if method in loft.METHODS:
         if P and method != "lora":
             options = options | {"support": P}
@@ -243,17 +245,13 @@ def adapt(model, task, cell):
     return cost
 
 
-def peak_mib(device):
-    """Peak memory since the last call: of the GPU's tensors, on Linux of the process, else 0."""
-    if device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated() / 2 ** 20
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
-        Path("/proc/self/clear_refs").write_text("5")
-    else:
-        peak = 0.0
-    return peak
+def peak_mib():
+    """Peak memory of this process since the last call, on Linux; elsewhere 0."""
+    if not Path("/proc/self/clear_refs").exists():
+        return 0.0
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(peak) / 2 ** 10
 
 
 def run(task, cell, args):
@@ -264,11 +262,11 @@ def run(task, cell, args):
     model = copy.deepcopy(task.model)
     cost = adapt(model, task, cell)
     ms, curve = fit(
-        task, model, cell["steps"] - cell["lookahead_steps"], cell["lr"], cell["seed"], watch=True,
-        label=f"{task.name} {cell['method']} {cell['support'] or ''} {cell['size'] or ''} "
+        task, model, cell["steps"] - cell["lookahead_steps"], cell["lr"], cell["seed"],
+        f"{task.name} {cell['method']} {cell['support'] or ''} {cell['size'] or ''} "
         f"lr {cell['lr']:g} seed {cell['seed']}")
     row = cell | task.start | cost | dict(
-        ms_per_step=ms, curve=curve, peak_mib=peak_mib(task.device), trainable=trainable(model),
+        ms_per_step=ms, curve=curve, peak_mib=peak_mib(), trainable=trainable(model),
         after=task.bits(model, "val"), tune=task.bits(model, "tune"), kept_after=task.kept(model),
         measures=task.measures(model), orthogonality_error=None)
     if loft.layers(model):
@@ -283,6 +281,8 @@ def run(task, cell, args):
 def sweep(task, method, support, args, rows):
     """Puts a cell's rows into `rows`, one a seed: every rate is tried on the first, and the best on
     the tune split goes on. What fails becomes a line of args.failed."""
+    if method == "frozen" and not task.head:             # that is the line "before"
+        return
     name = support.removesuffix("-plain") if support else method
     rates = args.lr or [RATES.get(name, 1e-2)]
     for seed in range(args.seeds):
@@ -319,12 +319,12 @@ def table(cells):
         text += f"{value:16.3f}"
     for rows in cells:
         row, ahead = rows[0], rows[0]["lookahead_steps"]
-        text += f"\n{row['method']:8}{row['support'] or '':17}{row['size'] or '':>5}{row['lr']:7g}"
-        text += f"{ahead:9} + {row['steps'] - ahead:3}{row['trainable']:11,}"
+        text += (f"\n{row['method']:8}{row['support'] or '':17}{row['size'] or '':>5}{row['lr']:7g}"
+                 f"{ahead:9} + {row['steps'] - ahead:3}{row['trainable']:11,}")
         for values in zip(*([r["after"], *r["measures"].values(), r["kept_after"]] for r in rows)):
             text += f"{shown(values):>16}"
-        text += f"{row['ms_per_step']:9.1f}{row.get('select_s', 0):12.1f}{row['peak_mib']:10.0f}"
-        text += f"{row['orthogonality_error'] or 0:13.0e}"
+        text += (f"{row['ms_per_step']:9.1f}{row.get('select_s', 0):12.1f}{row['peak_mib']:10.0f}"
+                 f"{row['orthogonality_error'] or math.nan:13.0e}")
     return text
 
 
@@ -334,16 +334,25 @@ def read(folder):
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def fastest():
+    """One thread or all: on a busy machine two that wait for each other are slower than one."""
+    x, W, seconds = torch.randn(2048, 128), torch.randn(128, 512), {}
+    for n in (torch.get_num_threads(), 1):
+        torch.set_num_threads(n)
+        seconds[n] = timeit.timeit(lambda: x @ W, number=100)
+    return min(seconds, key=seconds.get)
+
+
 def begin(args):
     """Makes the run's folder; args.rows are those finished there, args.failed what will fail."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or fastest())
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.jsonl").touch()
     about = vars(args) | dict(torch=torch.__version__, python=sys.version)
     (args.out / "settings.json").write_text(json.dumps(about, indent=1, default=str))
-    (args.out / "results.jsonl").touch()
     args.rows, args.failed = read(args.out), []
     print(f"{args.out}/: {len(args.rows)} cells are finished; torch {torch.__version__}, "
-          f"{args.device}, threads: {args.threads}")
+          f"{args.device}, threads: {torch.get_num_threads()}")
 
 
 def main(argv=None):
@@ -359,8 +368,6 @@ def main(argv=None):
         for name in args.task:
             task = prepare(name, args)
             for method in args.method:
-                if method == "frozen" and not task.head:
-                    continue                             # nothing trains: it is the line "before"
                 for support in args.support if method == "loft" else [None]:
                     tables[name].append([])
                     sweep(task, method, support, args, tables[name][-1])

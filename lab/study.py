@@ -21,8 +21,8 @@ import json
 import statistics
 from pathlib import Path
 
+import train  # first: it silences a warning of torch's
 import loft
-import train
 from lab.tasks import TASKS
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -47,7 +47,8 @@ ROWS = {  # (method, support; None: its own), budgets as multiples of lora's lea
 def measure(task, names, seeds, args):
     """The rows of those names, of one task: the first seed finds the rate that the others take."""
     lora = sum(sum(loft.shape(layer)) for layer in loft.target_layers(task.model).values())
-    for cells, budgets, args.steps, args.options in (ROWS[name] for name in names):
+    for cells, budgets, steps, options in (ROWS[name] for name in names):
+        args.steps, args.options = steps, options
         for budget, (method, support) in itertools.product(budgets, cells):
             args.budget = budget * lora
             args.seeds, args.lr = seeds, [best_rate(task, method, support, args)]

@@ -1,9 +1,9 @@
 """What train.py, lab/tasks.py and lab/study.py promise: honest splits, equal budgets, runs that go
 on where they were stopped, tables that say what results.jsonl says."""
-import math
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,16 +19,6 @@ from lab import study, tasks
 seeded = torch.Generator().manual_seed
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
 def tiny():
     teacher = torch.randn(16, 4, generator=seeded(5))
 
@@ -36,9 +26,10 @@ def tiny():
         x = torch.randn(n, 16, generator=generator)
         return x, (x @ teacher).argmax(1)
 
-    model, names = Net(), ("tune", "val", "more")
-    splits = {name: [batch(seeded(10 + i), 64)] for i, name in enumerate(names)}
-    old = tasks.Task("old", model.body, batch, {"val": splits["more"]}, steps=8)
+    body = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    model = nn.Sequential(OrderedDict(body=body, head=nn.Linear(16, 4)))
+    splits = {name: [batch(seeded(len(name)), 64)] for name in ("tune", "val", "other")}
+    old = tasks.Task("old", body, batch, {"val": splits["other"]}, steps=8)
     return tasks.Task("tiny", model, batch, splits, old, head=True, size=8)
 
 
@@ -47,7 +38,7 @@ def run(monkeypatch, tmp_path):
     """run(argv) → rows of the tiny task; run.cells are those that were not there yet, of which
     run.breaks (a method) raises run.error."""
     def noted(model, task, cell):
-        run.cells.append((cell["method"], cell["support"], cell["seed"]))
+        run.cells.append(cell)
         if cell["method"] == run.breaks:
             raise run.error
         return adapt(model, task, cell)
@@ -76,11 +67,10 @@ def test_a_task_is_deterministic_and_its_splits_share_no_example(name):
     assert all(map(torch.equal, mine, again))
     tune, val = ({tuple(row.flatten().tolist()) for x, _ in task.splits[split] for row in x}
                  for split in ("tune", "val"))
-    assert not tune & val and len(tune) > 200 and len(val) > 200
-    for each in (task, task.old):                        # so much is soon measured
-        each.splits = {split: [(x[:4], y[:4])] for split, ((x, y), *_) in each.splits.items()}
-    numbers = task.measures(task.model) | {"val": task.bits(task.model, "val")}
-    assert all(map(math.isfinite, [*numbers.values(), task.kept(task.model)]))
+    assert not tune & val and min(len(tune), len(val)) > 200
+    measured = task.measure(task.model, task.splits["val"][:1])          # before it has learned
+    assert all(share < 0.5 for share in measured.values())
+    assert task.bits(task.model, "val", 1) > 1
 
 
 def test_held_out_problems_are_not_trained_on_and_right_answers_count():
@@ -92,8 +82,7 @@ def test_held_out_problems_are_not_trained_on_and_right_answers_count():
     for row, target in zip(texts.tolist(), y.tolist()):
         _, response = bytes(row).decode().strip("\0").split(": ")
         assert bytes(byte for byte in target if byte > 0).decode() == response
-        (_, first), (then, _) = sums = [part.split("=") for part in response.split()]
-        assert all(eval(term) == int(result) for term, result in sums) and then.startswith(first)
+        assert all(eval(term.replace("=", "==")) for term in response.split())
 
     def half_right(tokens):
         said = texts.masked_fill(torch.arange(len(texts))[:, None] % 2 == 0, ord("\n"))
@@ -111,9 +100,10 @@ def test_images_show_what_their_labels_say():
 
 
 def test_unseen_languages_combine_the_rules_that_are_seen_one_by_one():
-    rules = (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)
-    said = [tasks.speak("bad cat", *rule) for rule in rules]
-    assert said == ["bed cet", "pat cad", "cat bad", "ced pet"]
+    assert tasks.speak("bad cat", 1, 0, 0) == "bed cet"
+    assert tasks.speak("bad cat", 0, 1, 0) == "pat cad"
+    assert tasks.speak("bad cat", 0, 0, 1) == "cat bad"
+    assert tasks.speak("bad cat", 1, 1, 1) == "ced pet"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,21 +112,19 @@ def test_unseen_languages_combine_the_rules_that_are_seen_one_by_one():
 def test_a_run_from_settings_to_table(run, tmp_path, capsys):
     """Every method within one budget; a lookahead's steps are among its own."""
     rows = run("--method", ",".join(train.METHODS), "--support", "skew,skew-plain,lookahead")
-    found = {(row["method"], row["support"]): row for row in rows}
-    frozen, skew, plain, ahead, psoft, *_, lora, full = found.values()
-    assert list(found)[:5] == [("frozen", None), ("loft", "skew"), ("loft", "skew-plain"),
-                               ("loft", "lookahead"), ("psoft", "principal-plain")]
-    assert [row["align"] for row in rows[1:5]] == [True, False, True, False]
-    assert [row["lookahead_steps"] for row in rows] == [0, 0, 0, 2] + [0] * 7
-    assert ahead["curve"][-1][0] == 6 and skew["curve"][-1][0] == 8
+    _, skew, plain, ahead, *_, lora, _ = rows
+    supports = [None, "skew", "skew-plain", "lookahead", "principal-plain", "all"]
+    assert [row["support"] for row in rows[:6]] == supports
+    assert skew["align"] and not plain["align"]
+    assert ahead["lookahead_steps"] == 2 and ahead["curve"][-1][0] == 6
     assert max(row["trainable"] for row in rows[:-1]) == lora["trainable"] == 68 + 2 * 32
     out, folder = capsys.readouterr().out, tmp_path / "run"
     assert rows == train.read(folder)
     for row, line in zip(rows, (folder / "table.txt").read_text().splitlines()[2:], strict=True):
         assert line.startswith(row["method"]) and line in out
-        for number in (row["after"], row["measures"]["more"], row["kept_after"]):
+        for number in (row["after"], row["measures"]["other"], row["kept_after"]):
             assert f" {number:.3f} " in line
-    task = tiny().to("cpu")
+    task = tiny()
     task.old.model.load_state_dict(torch.load(*tmp_path.glob("pretrained-old-*.pt")))
     loft.load(task.model, folder / "tiny-loft-1.pt")
     assert task.bits(task.model, "val") == pytest.approx(skew["after"], rel=1e-5)
@@ -165,18 +153,16 @@ def test_a_run_goes_on_where_it_was_stopped(run, tmp_path, capsys):
     rows = run(out="cut", option="--resume")
     assert run.cells == cells[2:] and rows == train.read(cut)
     assert [row["after"] for row in rows] == [row["after"] for row in whole]
-    run("--seeds", "2", out="cut", option="--resume")
-    assert [seed for *_, seed in run.cells] == [1, 1, 1, 1]
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(run, capsys):
     run.breaks, run.error = "full", RuntimeError("as asked")
     with pytest.raises(SystemExit) as stop:
-        run(*"--method lora,full,loft --support skew --lr 1e-2,1e30 --budget 40".split())
+        run(*"--method lora,full,psoft --lr 1e-2,1e30 --budget 40".split())
     *_, table, failures = capsys.readouterr().out.split("\n\n")
-    assert stop.value.code == 1 and table.count("\nloft") == 1 and table.count("\n") == 2
+    assert stop.value.code == 1 and re.fullmatch(r"tiny .*\nbefore .*\npsoft .*", table)
     for message in ("lora lr 0.01 seed 0: .*no size has at most 40", "full lr 0.01 .*as asked",
-                    r"skew lr 1e\+30 seed 0: .*step \d, .* the gradient of body"):
+                    r"psoft lr 1e\+30 seed 0: .*step \d, .* the gradient of body"):
         assert re.search(message, failures)
 
 
@@ -188,10 +174,9 @@ def test_a_cell_that_fails_does_not_stop_the_others(run, capsys):
     ("--options {", "--options"), ("--resume nowhere", "settings.json does not exist"),
     ("", "holds a run; --resume")])
 def test_what_means_nothing_is_refused_in_one_line(argv, message, run, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.jsonl").touch()
+    (tmp_path / "results.jsonl").touch()
     with pytest.raises(SystemExit):
-        run(*argv.split())
+        run(*argv.split(), out="run" if argv else ".")
     assert message in capsys.readouterr().err.splitlines()[-1] and not run.cells
 
 
@@ -207,10 +192,10 @@ def test_your_own_model_and_data_are_handed_over(monkeypatch):
     assert train.main(["--data=x.csv", "--rank", "4"]) == ["--data=x.csv", "--rank", "4"]
 
 
-@pytest.mark.parametrize("script", [["train.py"], ["-m", "lab.study"]])
+@pytest.mark.parametrize("script", ["train.py", "-m lab.study"])
 def test_a_newcomer_sees_no_lines_but_ours(script):
-    done = subprocess.run([sys.executable, *script, "--help"], cwd=Path(train.__file__).parent,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *script.split(), "--help"], text=True,
+                          capture_output=True, cwd=Path(train.__file__).parent)
     assert done.returncode == 0 and "--seeds" in done.stdout and not done.stderr
 
 
@@ -219,9 +204,9 @@ def test_a_newcomer_sees_no_lines_but_ours(script):
 
 def row(method, seed, after, lr=1e-2, tune=1.0, size=1, curve=()):
     return dict(task="t", steps=9, method=method, support=None, size=size, options={}, seed=seed,
-                lr=lr, lookahead_steps=0, pretrain_steps=None, trainable=size, tune=tune, after=after,
-                kept_after=2.0, before=9.0, kept_before=1.0, measures={}, measures_before={},
-                curve=curve or [[3, 4.0, 1.0], [6, 2.0, 2.0], [9, after, 3.0]])
+                lr=lr, lookahead_steps=0, pretrain_steps=None, trainable=size, tune=tune,
+                after=after, kept_after=2.0, before=9.0, kept_before=1.0, measures={},
+                measures_before={}, curve=curve or [[3, 4.0, 1.0], [6, 2.0, 2.0], [9, after, 3.0]])
 
 
 def test_differences_are_paired_by_seed_at_the_rate_that_was_tuned():
@@ -235,23 +220,20 @@ def test_differences_are_paired_by_seed_at_the_rate_that_was_tuned():
 
 def test_forgetting_is_read_where_both_have_come_to_the_same_loss():
     fast, slow = row("a", 0, 1.0), row("b", 0, 3.0, curve=[[4, 5.0, 5.0], [9, 3.0, 7.0]])
-    assert study.forgotten(fast, slow) == 1.5 - 7.0 and study.forgotten(slow, fast) == 7.0 - 1.5
-    assert study.at(9.0, fast["curve"]) == 1.0
+    assert study.forgotten(fast, slow) == 1.5 - 7.0 and study.at(9.0, fast["curve"]) == 1.0
 
 
 def test_a_rate_is_better_than_both_its_neighbours(monkeypatch):
     def sweep(task, method, support, args, rows):
         rows.append({"lr": min(args.lr, key=lambda lr: abs(lr - 0.3))})
-        tried.update(args.lr)
 
-    tried = set()
     monkeypatch.setattr(train, "sweep", sweep)
     assert study.best_rate(None, "lora", None, SimpleNamespace()) == 0.3
-    assert tried == {3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0}
 
 
 def test_a_study_runs_once(run, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(study.ROWS, "some", ([("lora", None), ("loft", "lookahead")], (1, 2), 8, {}))
+    cells = [("lora", None), ("loft", "lookahead")]
+    monkeypatch.setitem(study.ROWS, "some", (cells, (1, 2), 8, {}))
     argv, tables = f"{tmp_path} --tasks tiny --rows some --seeds 2 --against lora".split(), []
     for more in ([], [], ["--report"]):
         run.cells = []
@@ -260,8 +242,6 @@ def test_a_study_runs_once(run, monkeypatch, tmp_path, capsys):
         assert bool(run.cells) == (len(tables) == 1) and tables[0] == tables[-1]
     for label in ("| lora |", "| loft lookahead |", "(+0.000 ± 0.000)"):
         assert tables[0].count(label) >= 2
-    try:
-        study.main([*argv, "--report", "--plot"])
-        assert (tmp_path / "plot.png").stat().st_size > 5000
-    except SystemExit as e:
-        assert "pip install matplotlib" in str(e)
+    pytest.importorskip("matplotlib")
+    study.main([*argv, "--report", "--plot"])
+    assert (tmp_path / "plot.png").stat().st_size > 5000
