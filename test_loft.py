@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +28,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (CheckpointImpl,
+                                                                         checkpoint_wrapper)
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import loft
+from loft import kernels, selectors
 
 HERE = Path(__file__).parent
 settings.register_profile("loft", max_examples=200, deadline=None, derandomize=True)
@@ -582,9 +588,503 @@ def test_the_real_peft(kind, options, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # 3. Supports
 
+each_kind = pytest.mark.parametrize("kind", selectors.KINDS)
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def calibration(**options):
+    """A model, three batches of eight examples, and `select` for them."""
+    torch.manual_seed(0)
+    model = network(torch.float64)
+    batches = [[torch.randn(8, 12).double(), torch.randint(0, 3, (8,))] for _ in range(3)]
+    return model, batches, partial(selectors.select, model, loss_fn=cross_entropy, **options)
+
+
+def dense(model, batch, side):
+    """W, G, S of the first layer by autograd; on the output side of the transposes."""
+    W = model[0].weight
+    G, = torch.autograd.grad(cross_entropy(model, batch), W)
+    W, G = (W.detach(), G) if side == "input" else (W.detach().mT, G.mT)
+    return W, G, selectors.skew_part(W.mT @ G)
+
+
+def same_span(ours, theirs, tolerance=1e-7):
+    assert (ours @ ours.mT - theirs @ theirs.mT).abs().max() < tolerance
+
+
+@given(out=st.integers(2, 16), d=st.integers(2, 16), thin=st.integers(0, 16), seed=seeds)
+def test_skew_has_the_largest_score(out, d, thin, seed):
+    """√(2 Σ_{j ≤ r/2} σ_j²): none exceeds it. All are orthonormal. G of any rank, or (0) equal σ."""
+    torch.manual_seed(seed)
+    W, G = torch.randn(out, d).double(), (torch.randn(out, thin) @ torch.randn(thin, d)).double()
+    if thin == 0:
+        W, U = torch.eye(d).double(), orthonormal(d, d)
+        G = U[:, :d // 2] @ U[:, d // 2:][:, :d // 2].mT
+    r, S, score = 1 + seed % min(W.shape), selectors.skew_part(W.mT @ G), {}
+    best = torch.linalg.svdvals(S)[:r // 2 * 2].norm()
+    for kind in set(selectors.KINDS) - {"activation", "moment"}:
+        P = getattr(selectors, kind)(*([W] if kind in selectors.OF_WEIGHT else [W, G]), r)
+        same(P.mT @ P, torch.eye(r).double(), 1e-10)
+        score[kind] = selectors.score(W, G, P)
+        assert kind != "coordinate" or (S @ P).norm() >= S.norm(dim=0).topk(r).values.norm() - 1e-8
+    assert score["principal"] - 1e-8 <= score["rescored"] <= max(score.values()) <= best + 1e-8
+    assert score["skew"] >= best - 1e-8
+    if thin == 1 and r == 2:                             # G = u vᵀ: not v, but span{v, W0ᵀu}
+        assert score["paired"] >= best - 1e-8 > selectors.score(W, G, selectors.gradient(W, G, 1))
+
+
+@each_side
+@each_kind
+def test_a_selection_is_the_pure_function_of_the_true_gradient(kind, side):
+    """From an iterator; by streaming; along a path that stays where it is. Then aligned: C = Σ MᵀM
+    over pieces of 8 examples is diagonal. And the score is a slope: ‖∂loss/∂θ‖ of the adapted
+    layer is √8 of it, for T − I = 2Q + O(Q²), Q = U − Uᵀ."""
+    model, batches, choose = calibration(rank=2, kind=kind, side=side)
+    found = choose(iter(batches), align=False)
+    W, G, S = (torch.stack(each) for each in zip(*(dense(model, batch, side) for batch in batches)))
+    W, G, (X, y) = W[0], G.sum(0), map(torch.cat, zip(*batches))
+    tensors = {"activation": [X if side == "input" else X @ W], "moment": [S]}.get(kind, [W, G])
+    streaming, at_rest = dict(dense=0, passes=8), dict(lookahead=24, lookahead_lr=0)
+    if kind in selectors.OF_WEIGHT:
+        tensors, at_rest = [W], {}
+    if kind != "random":
+        same_span(found["0"], getattr(selectors, kind)(*tensors, 2))
+    for options in (streaming, at_rest, streaming | at_rest):
+        torch.seed()
+        for n, P in choose(iter(batches), **options).items():
+            same_span(P, found[n], 1e-5)
+
+    A = selectors.align(model, [dict(enumerate((X, y)))], cross_entropy, found, side=side)["0"]
+    M = A.mT @ S @ A
+    C = (M.mT @ M).sum(0)
+    same(C, torch.diag(C.diagonal()), 1e-9)
+    same_span(A, found["0"])
+    assert torch.equal(A, choose(batches)["0"])
+
+    scores = selectors.scores(model, batches, cross_entropy, found, side=side)
+    loft.adapt(model, support=found, side=side)
+    sum(cross_entropy(model, batch) for batch in batches).backward()
+    slope = model[0].rotation.transform.theta.grad.norm().item() / math.sqrt(8)
+    assert scores["0"] == pytest.approx(slope) == selectors.score(W, G, found["0"])
+
+
+def test_large_layers_are_seen_through_thin_products():
+    """Where singular values of G fall as 1/j, about as real ones do: three passes are enough."""
+    torch.manual_seed(0)
+    layer, eye = nn.Linear(300, 120, bias=False).double(), torch.eye(300).double()
+    G = orthonormal(120, 120) / torch.arange(1, 121) @ orthonormal(300, 120).mT
+    best = torch.linalg.svdvals(selectors.skew_part(layer.weight.mT @ G))[:16].norm()
+    P = selectors.select(layer, [0], lambda layer, _: (layer(eye) * G.mT).sum(), 16, dense=0)[""]
+    for P in (P, selectors.skew(layer.weight, G, 16)):
+        assert 0.995 * best <= selectors.score(layer.weight, G, P) <= best
+
+
+def odd(model, batch, run=lambda layers, x: layers(x), autocast=False):
+    """A loss with what real ones have: a step in place, a layer called twice, one never."""
+    with torch.autocast("cpu", torch.bfloat16, autocast):
+        x = run(model[:3], batch[0].float().requires_grad_())
+        return F.cross_entropy(model[2](x.tanh()), batch[1])
+
+
+@each_side
+@pytest.mark.parametrize("options", [dict(), dict(dense=0), dict(lookahead=6), dict(kind="paired")])
+def test_models_as_they_are(side, options):
+    """Both kinds of checkpointing, autocast, bf16: the same support, by its score."""
+    def score(model, **how):
+        with pytest.warns(UserWarning, match="no gradient reached 3: no support chosen there"):
+            P = selectors.select(model, batches, partial(odd, **how), 4, side=side, **options)
+        return [*selectors.scores(model.float(), batches, odd, P, side=side).values()]
+
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(4)))
+    model[1], (_, batches, _) = nn.ReLU(inplace=True), calibration()
+    right, roughly = (pytest.approx(score(model), error) for error in (1e-4, 0.05))
+    assert score(model, run=partial(checkpoint, use_reentrant=False)) == right
+    assert score(model, run=partial(checkpoint, use_reentrant=True)) == right
+    assert score(model, autocast=True) == roughly
+    assert score(model.bfloat16(), run=lambda layers, x: layers(x.bfloat16())) == roughly
+
+
+@each_side
+@each_kind
+def test_a_layer_counts_as_what_it_does(kind, side):
+    """An adapted one, a quantised one, Conv1D: as the plain one of that weight; padding not."""
+    def choose(layer, *batch):
+        model = nn.Sequential(layer, *rest)
+        return selectors.select(model, [batch], cross_entropy, 4, kind, ["0"], side=side)["0"]
+
+    model, ((x, y), *_), _ = calibration()
+    (first, *rest), x = model.float(), x.float()
+    adapted, int8 = stir(loft.adapt(copy.deepcopy(first), rank=4)), Int8Linear(first)
+    same_span(choose(adapted, x, y), choose(loft.merge(copy.deepcopy(adapted)), x, y), 1e-3)
+    first.weight.data = int8.int8 * int8.scale
+    padded = torch.cat([x, 9 * x.roll(1, 1)]), torch.cat([y, 0 * y - 100])
+    for layer, batch in ((int8, (x, y)), (Conv1D(first), (x, y)), (first, padded)):
+        same_span(choose(layer, *batch), choose(first, x, y), 1e-3)
+
+
+@each_side
+def test_lookahead_is_S_summed_along_a_path(side):
+    """Against the path with all its matrices: W_t = W0 R, S_t = skew(W0ᵀG_t), Adam."""
+    path, batches, choose = calibration(rank=4, targets=["0"], side=side)
+    P = choose(batches, kind="principal")["0"]
+    found = choose(batches, lookahead=20, lookahead_lr=0.02, trainable="4.bias")["0"]
+    R, W0, G = loft.Rotation(len(P), P, dtype=torch.float64), path[0].weight.detach(), 0
+    optimizer = torch.optim.Adam([*R.parameters(), path[4].bias], betas=(0.9, 0.99))
+    for t in range(20):
+        optimizer.param_groups[0]["lr"] = 0.02 * min(1, (t + 1) / 2)
+        optimizer.zero_grad()
+        W = R.rotate(W0, side)
+        path[0].weight = nn.Parameter(W)
+        cross_entropy(path, batches[t % 3]).backward()
+        W.backward(path[0].weight.grad)
+        G = G + path[0].weight.grad
+        optimizer.step()
+    W, G = (W0, G) if side == "input" else (W0.mT, G.mT)
+    same_span(found, selectors.skew(W, G, 4))
+
+
+@pytest.mark.parametrize("fails", [None, ValueError, KeyboardInterrupt])
+def test_everything_is_left_as_it_was_found(fails):
+    def loss_fn(model, batch):
+        if next(calls) == 25 and fails:
+            raise fails
+        return cross_entropy(model, (batch[0] + torch.rand(()), batch[1]))
+
+    def state():
+        return (bits(model), torch.get_rng_state().tolist(), *map(id, model.parameters()),
+                *((id(m), m.training, len(m._forward_hooks)) for m in model.modules()),
+                *((id(p.grad), p.grad.tolist()) for p in model.parameters()))
+
+    model, batches, choose = calibration(rank=4, lookahead=30, trainable="4")
+    calls = itertools.count()
+    cross_entropy(model, batches[0]).backward()
+    model[2].eval().requires_grad_(False)
+    before = state()
+    with pytest.raises(fails) if fails else contextlib.nullcontext():
+        choose(batches, loss_fn=loss_fn)
+    assert state() == before
+
+
+def test_a_budget_is_spent_where_planes_are_strongest():
+    """A plane counts σ², and costs what it adds to r(r−1)/2; the strongest come first."""
+    ranks = {1: dict(a=2), 6: dict(a=2, b=2), 7: dict(a=2, b=4), 12: dict(a=4, b=4)}
+    assert ranks == {budget: selectors.spend(dict(a=[3, 1], b=[2, 2]), budget) for budget in ranks}
+    model, batches, choose = calibration()
+    found = selectors.within(model, batches, cross_entropy, 40)
+    ranks = {n: P.shape[1] for n, P in found.items()}
+    assert 30 < sum(r * (r - 1) // 2 for r in ranks.values()) <= 40
+    for n, P in choose(batches, rank=ranks, targets=ranks).items():
+        same_span(P, found[n])
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(batches=[]), "batches is empty"),
+    (dict(loss_fn=lambda m, b: m(b[0])), "expected a scalar"),
+    (dict(loss_fn=lambda m, b: cross_entropy(m, b) * math.inf), "calibration batch 1 is inf"),
+    (dict(loss_fn=lambda m, b: (m(b[0]), b[0].zero_())[0].sum()), "layer '0': .* inplace"),
+    (dict(rank={"0": 4}), "layer '2': rank None must be an int"),
+    (dict(kind="minor", lookahead=9), "minor follows from W0"),
+    (dict(lookahead=2, dense=0), "lookahead=2 is less than passes=3"),
+    (dict(budget=0), "buys no plane"),
+])
+def test_what_does_not_fit_is_refused(options, words):
+    model, batches, choose = calibration()
+    before = bits(model)
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        choose(**dict(batches=batches, rank=4) | options)
+    assert bits(model) == before
+
+
+TWO = """
+import os, torch
+from loft import selectors
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 16))
+batches, rank = [torch.randn(8, 12) for _ in range(4)], int(os.environ["RANK"])
+choose = lambda batches, kind, dense: selectors.select(
+    model, batches, lambda model, x: model(x).logsumexp(1).square().sum(), 4, kind, dense=dense)
+options = [("skew", 0), ("skew", 99), ("gradient", 99), ("activation", 0)]
+alone = [choose(batches, *o) for o in options]
+torch.distributed.init_process_group("gloo")
+for o, one in zip(options, alone):
+    for n, P in choose(batches[rank::2], *o).items():
+        torch.testing.assert_close(P.abs(), one[n].abs(), atol=1e-3, rtol=0)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_choose_what_one_does(tmp_path):
+    """With torch.distributed, sums are over all ranks."""
+    (tmp_path / "two.py").write_text(TWO)
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    python(HERE, *run, tmp_path / "two.py")
+
+
+@pytest.mark.parametrize("code", ["import torch, asyncio; asyncio.run(asyncio.sleep(0))", """
+import selectors as standard, socketserver
+from loft import selectors
+assert hasattr(standard, "DefaultSelector") and not hasattr(standard, "skew")
+assert hasattr(selectors, "skew")
+"""])
+def test_the_name_of_selectors(code, tmp_path):
+    """`import selectors` is Python's, `loft.selectors` ours: -c, as a script, in a package."""
+    python(HERE, "-c", code)
+    for name in ("loft.py", "selectors.py", "kernels.py"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "script.py").write_text(code)
+    python("/", tmp_path / "script.py")
+    python(tmp_path.parent, "-c", code.replace("from loft", f"from {tmp_path.name}.loft"))
+
 
 # --------------------------------------------------------------------------------------------------
-# 4. Fused
+# 4. Fused: kernels.py equals loft.py
+
+def twins(case, side="input", dtype=torch.float64, scale=0.3, seed=0, bias=True):
+    """One adapted model, fused and eager, away from its start; and inputs (2, 5, 16)."""
+    torch.manual_seed(seed)
+    eager = nn.Sequential(*(nn.Linear(i, o, bias) for i, o in ((16, 24), (24, 16), (16, 24))))
+    side = "input" if case == "lora" else side
+    stir(loft.adapt(eager.to(dtype), side=side, **CASES[case]), scale)
+    return kernels.fuse(copy.deepcopy(eager)), eager, torch.randn(2, 5, 16).to(dtype)
+
+
+def agree(fused, eager, x, call=lambda model, x: model(x)):
+    """Outputs, gradients of x and of all that trains: equal, or None in both."""
+    found = []
+    for model in (fused, eager):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = call(model, leaf)
+        y.backward(torch.arange(y.numel()).cos().view(y.shape).to(y.dtype))
+        found.append([y, leaf.grad, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            same(ours, theirs, 2 * ROUNDING[y.dtype])    # both round
+
+
+@each_case
+@each_side
+@settings(max_examples=12)
+@given(dtype=dtypes, scale=st.sampled_from([0.0, 1e-3, 0.3, 1.0]), bias=st.booleans(), seed=seeds,
+       leading=st.sampled_from([(), (2, 5), (300,)]))
+def test_fused_equals_eager(case, side, dtype, scale, bias, seed, leading):
+    """Values and gradients, in any shape and precision; at the start to the bit."""
+    fused, eager, x = twins(case, side, dtype, scale, seed, bias)
+    assert fused(x[:0]).shape == (0, 5, 24)
+    if scale == 0:
+        assert torch.equal(fused(x), eager(x))
+    agree(fused, eager, torch.randn(*leading, 16).to(dtype))
+
+
+@given(exponent=st.integers(-12, 8), r=st.integers(2, 40), seed=seeds,
+       dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_fused_T_is_orthogonal(exponent, r, seed, dtype):
+    torch.manual_seed(seed)
+    layer = loft.adapt(nn.Linear(40, 40).to(dtype), support="random", rank=r, backend="fused")
+    assert loft.orthogonality_error(stir(layer, 10.0 ** exponent))[""] <= ROUNDING[dtype]
+
+
+@each_case
+@pytest.mark.parametrize("kind", CheckpointImpl)
+def test_fused_in_checkpoints(case, kind):
+    """Around every layer, which computes its own T in backward; and around the model."""
+    fused, eager, x = twins(case)
+    for model in (fused, eager):
+        for i in range(3):
+            model[i] = checkpoint_wrapper(model[i], kind)
+    agree(fused, eager, x)
+    reentrant = kind is CheckpointImpl.REENTRANT
+    agree(fused, eager, x, lambda model, x: checkpoint(model, x, use_reentrant=reentrant))
+
+
+def accumulated(model, x):
+    for k in range(2):
+        y = model(x + k)
+        y.sum().backward(retain_graph=True)
+    return y
+
+
+def doubled(model, x, *_):
+    return functional_call(model, {n: 2 * p for n, p in trained(model).items()}, x)
+
+
+def autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.float()(x.float())
+
+
+def midway(act, mode=torch.enable_grad):
+    """act(model, x, what model[1] gave) in the middle of the model's forward."""
+    def call(model, x):
+        found = []
+        hook = model[1].register_forward_hook(lambda m, _, y: found.append(act(model, x, y)))
+        with mode():
+            model(x)
+        hook.remove()
+        return found[0]
+    return call
+
+
+def halve(model):
+    for p in model.parameters():
+        p.data.mul_(0.5)
+
+
+def edited(model, x, y):
+    halve(model)
+    return ThreadPoolExecutor(1).submit(model[2], x).result()
+
+
+WAYS = {
+    "accumulated": accumulated, "functional": doubled, "autocast": autocast,
+    "one layer frozen": lambda model, x: (model[1].requires_grad_(False), model(x))[1],
+    "by parts": lambda model, x: model[2](model[:2](x)),
+    "its weight": lambda model, x: x @ model[0].weight.mT,
+    "threads": lambda model, x: sum(ThreadPoolExecutor(3).map(model, [x] * 5)),
+    "an early exit": midway(lambda model, x, y: y),
+    "edited in another thread": midway(edited),
+    "functional midway": midway(lambda model, x, y: doubled(model[2], x)),
+    "gradients midway": midway(torch.enable_grad()(lambda model, x, y: model[2](x)), torch.no_grad),
+}
+
+
+@each_case
+@pytest.mark.parametrize("way", WAYS)
+def test_fused_however_it_is_called(case, way):
+    agree(*twins(case), WAYS[way])
+
+
+def replica(model):
+    """What nn.DataParallel runs on another device: parameters are tensors, hooks are shared."""
+    copies = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for m, new in copies.items():
+        new._modules = {key: copies[child] for key, child in m._modules.items()}
+        for key, p in m._parameters.items():
+            setattr(new, key, p if p is None else p * 1)
+    return copies[model]
+
+
+@each_case
+def test_fused_copies(case):
+    """They are models of their own, and can be unfused."""
+    fused, eager, x = twins(case)
+    agree(fused, eager, x, lambda model, x: replica(model)(x))
+    for new in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        other = copy.deepcopy(eager)
+        other.load_state_dict(stir(new).state_dict())
+        agree(new, other, x)
+        assert str(kernels.unfuse(new)) == str(other)
+        assert not (new._forward_hooks or new._forward_pre_hooks)
+        agree(new, other, x)
+    agree(fused, eager, x)
+
+
+def fails(model):
+    hook = model[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.ones(16, dtype=torch.float64))
+    hook.remove()
+
+
+EDITS = [
+    halve, fails, lambda model: model.float().double(),          # which has other storage
+    lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    lambda model: torch.optim.AdamW(model.parameters(), 0.1, fused=True).step(),
+    torch.inference_mode()(lambda model: model(torch.ones(16, dtype=torch.float64))),
+]
+
+
+@each_case
+def test_fused_remembers_nothing(case):
+    """Whatever was run, edited, or replaced: the whole model and its parts follow."""
+    fused, eager, x = twins(case)
+    for edit in EDITS:
+        for model in (fused, eager):
+            edit(model)
+            halve(model)
+        agree(fused, eager, x, WAYS["by parts"])
+        agree(fused, eager, x)
+
+
+def test_one_batch_for_every_shape(monkeypatch):
+    """A forward pass; none if switched off. A reentrant checkpoint's layers: again, in backward."""
+    sizes, diagonal = [], kernels.diagonal
+    monkeypatch.setattr(kernels, "diagonal", lambda R, theta, *scale: (
+        sizes.append(len(theta)), diagonal(R, theta, *scale))[1])
+    fused, _, x = twins("psoft")
+    with loft.disabled(fused):
+        fused(x)
+    for i in range(3):
+        fused[i] = checkpoint_wrapper(fused[i], CheckpointImpl.REENTRANT)
+    fused(x.requires_grad_()).sum().backward()
+    assert sizes == [3, 1, 1, 1]
+    kinds = [loft.adapt(nn.Linear(9, 9), transform=t) for t in ("expm", "cayley", "expm")]
+    eager = stir(nn.Sequential(*kinds).double())
+    agree(kernels.fuse(copy.deepcopy(eager)), eager, x[..., :9])
+    assert sizes[4:] == [2, 1]
+
+
+def test_parameters_that_come_when_their_module_is_called():
+    """As offloading does it: elsewhere they are on the meta device."""
+    fused, eager, x = twins("psoft")
+
+    def fetch(module, args):
+        module._parameters.update(module.home)
+
+    def put_away(module, args, output):
+        for key, p in module.home.items():
+            module._parameters[key] = nn.Parameter(p.to("meta"))
+
+    for m in fused.modules():
+        m.home = {key: p for key, p in m._parameters.items() if p is not None}
+        put_away(m, None, None)
+        m.register_forward_pre_hook(fetch)
+        m.register_forward_hook(put_away)
+    same(fused(x), eager(x))
+
+
+@pytest.mark.parametrize("case", ["psoft", "boft"])
+def test_fused_compiled(case):
+    """One graph, which T is part of: none more for another batch size, or for other parameters."""
+    torch._dynamo.reset()
+    fused, eager, x = twins(case)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for n in (4, 5, 6):
+        agree(compiled, eager, torch.randn(n, 16, dtype=torch.float64))
+        for model in (fused, eager):
+            halve(model)
+        count = count if n > 5 else counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == count
+
+
+def test_large_blocks_on_two_threads():
+    """Where torch's batched LU hangs (pytorch#142815)."""
+    code = """
+import loft, torch
+torch.set_num_threads(2)
+for backend in ("eager", "fused"):
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512))
+    loft.adapt(model, method="oft", block_size=256, backend=backend)
+    torch.nn.init.normal_(model[0].rotation.transform.theta, std=0.01)
+    model(torch.randn(4, 512)).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, timeout=120)
+
+
+def test_kernels_the_name(tmp_path):
+    """`import kernels` is PyPI's package, where it is installed; ours is loft.kernels."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("from .sub import whose")
+    (tmp_path / "kernels" / "sub.py").write_text("whose = 'theirs'")
+    code = ("import sys; sys.path.insert(1, sys.argv[1]); import kernels; from loft import kernels "
+            "as ours; print(getattr(kernels, 'whose', 'ours'), ours.fuse.__module__)")
+    for path, whose in ((tmp_path, "theirs"), (".", "ours")):
+        said = subprocess.check_output([sys.executable, "-c", code, path], cwd=HERE, text=True)
+        assert said.split() == [whose, "loft.kernels"]
 
 
 # --------------------------------------------------------------------------------------------------
