@@ -10,8 +10,8 @@
 
 In 1 and 2 the implementations take turns in each repeat, so that a slow spell of the machine hits
 all of them. "ratio" is that to the frozen layers in the same repeat: the median, and ± half the
-distance between the quartiles. "kept" is what autograd keeps for backward beyond weights (and beyond
-what is inside the one node that makes the fused layers' T, which does not grow with the rows).
+distance between the quartiles. "kept" is what autograd keeps for backward beyond weights and beyond
+what is inside the one node that makes the fused layers' T, which does not grow with the rows.
 """
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message=".*flat spectrum")         # noise is no task
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
     peer = f"peft {peft.__version__}" if peft else "peft is not installed: its rows are left out"
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {args.device} ({card})",
+    print(f"torch {torch.__version__}, {args.dtype}, {args.threads} threads, {args.device} {card}",
           peer, sep=", ")
 
     sizes = [(1024, 1024, 30), (1024, 128, 15), (4096, 256, 30)]

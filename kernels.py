@@ -221,7 +221,7 @@ def fuse(model):
     """Puts the fast twins in place; returns the model. Parameters and results stay the same.
 
     Call it on the module whose forward is called in training. Blocks and butterflies, of any map,
-    have twins; trees and reflections would gain nothing by one. ValueError: it is not adapted.
+    have twins; trees, reflections and LoRA stay. ValueError: the model is not adapted.
     """
     unfuse(model)
     for layer in loft.adapted(model).values():
@@ -236,14 +236,14 @@ def fuse(model):
 
 def unfuse(model):
     """Back to loft.py's own rotations; returns the model."""
+    eager = {FusedRotation: loft.Rotation, FusedSkew: loft.Skew}
     for m in model.modules():
-        if type(m) is FusedRotation:
-            m.__class__ = loft.Rotation
+        if type(m) in eager:
+            m.__class__ = eager[type(m)]
             m.__dict__.pop("handed", None)
-        elif type(m) is FusedSkew:
-            m.__class__ = loft.Skew
-            m.map = loft.cayley if m.map is cayley else m.map
-        elif isinstance(m, loft.LOFTLinear):
+        if isinstance(m, loft.Skew) and m.map is cayley:
+            m.map = loft.cayley
+        if isinstance(m, loft.LOFTLinear):
             m.fused = False
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in (hand_out, take_back)]:

@@ -477,20 +477,21 @@ def spend(sigma, budget):
 # --------------------------------------------------------------------------------------------------
 # Of given supports: the basis, the score
 
-def align(model, batches, loss_fn, supports, *, side="input"):
+def align(model, batches, loss_fn, supports, *, side="input", pieces=32):
     """{layer: P V}, V the eigenbasis of C = Σ_b MᵀM, M = PᵀS_bP: the basis that suits Adam.
 
-    A batch of tensors with one first dimension (in tuples, lists, dicts) is cut into pieces b of 8;
-    another is a piece as it is. A layer called several times makes a piece of each call. For
-    supports of any origin. The span stays, and all rotations in it; C becomes diagonal.
+    A batch of tensors with one first dimension (in tuples, lists, dicts) is cut into pieces b of 8
+    examples; another is a piece as it is. The first 32 `pieces` count; a layer called several times
+    makes one of each call. For supports of any origin. The span stays, and all rotations in it; C
+    becomes diagonal.
     """
     def gram(name, x, g):
         M = restricted(supports[name], x, g)
         return M.mT @ M
 
-    pieces = itertools.chain.from_iterable(map(cut, batches))
+    examples = itertools.islice(itertools.chain.from_iterable(map(cut, batches)), pieces)
     with rotated(model, target_layers(model, supports), side) as (turning, sites):
-        C = gather(turning, sites, pieces, loss_fn, gram, skip_nan=True)
+        C = gather(turning, sites, examples, loss_fn, gram, skip_nan=True)
     V = {n: torch.linalg.eigh(total)[1].flip(-1) for n, total in C.items()}
     return {n: P.to(V[n]) @ V[n] if n in V else P for n, P in supports.items()}
 

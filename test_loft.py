@@ -8,6 +8,7 @@
 
     python -m pytest                     # peft and transformers are used where they are installed
 """
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -469,21 +470,6 @@ loft.merge(loft.load(torch.nn.Linear(8, 8), "a.pt"))
 """)
 
 
-@pytest.mark.parametrize("package", ["", "vendored."])
-def test_selectors_the_name(package, tmp_path):
-    """`import selectors` is the standard library's, `from loft import selectors` ours."""
-    folder = tmp_path / package[:-1]
-    folder.mkdir(exist_ok=True)
-    for file in ("loft.py", "selectors.py"):
-        shutil.copy(HERE / file, folder)
-    python(tmp_path, "-c", f"""
-import asyncio, subprocess, selectors
-assert hasattr(selectors, "DefaultSelector")
-from {package}loft import selectors
-assert hasattr(selectors, "skew") and not hasattr(selectors, "DefaultSelector")
-""")
-
-
 # --------------------------------------------------------------------------------------------------
 # 2. Baselines: products of dense matrices, from the papers' formulas
 
@@ -799,7 +785,8 @@ def test_what_does_not_fit_is_refused(options, words):
 
 
 TWO = """
-import os, torch
+import os, sys, torch
+sys.path.insert(0, os.getcwd())
 from loft import selectors
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 16))

@@ -42,12 +42,12 @@ from loft import selectors
 METHODS = ("frozen", *loft.METHODS, "full")
 ALIGNED = (*selectors.KINDS, "lookahead")
 SUPPORTS = (*ALIGNED, *(f"{kind}-plain" for kind in ALIGNED))
-SHOWN = "random,principal,skew,lookahead"                # of loft, by default
+SHOWN = "principal,skew,lookahead"                       # of loft, by default
 OWN = {"psoft": "principal-plain", "frozen": None, "lora": None, "full": None}     # of others: all
 SIZE = {"oft": "block_size", "boft": "block_size", "hra": "reflections"}         # of others a rank
 RATES = dict.fromkeys(("random", "minor", "coordinate", "oft", "hra", "lora"), 3e-2)
 RATES["full"] = 3e-3                                     # of other supports and methods 1e-2
-CALIBRATION = 8                                          # batches that a support is chosen from
+CALIBRATION = 8          # batches that a support is chosen from; a lookahead has one for each step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def adapt(model, task, cell):
     P, cost = {}, {}
     if support in SUPPORTS:
         generator = torch.Generator().manual_seed(1000 + cell["seed"])
-        batches = [task.draw(generator) for _ in range(CALIBRATION)]
+        batches = [task.draw(generator) for _ in range(max(CALIBRATION, cell["lookahead_steps"]))]
         kind = "skew" if cell["lookahead_steps"] else support.removesuffix("-plain")
         start, _ = time.perf_counter(), peak_mib()
         P = selectors.select(
