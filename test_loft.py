@@ -785,29 +785,30 @@ def test_what_does_not_fit_is_refused(options, words):
 
 
 TWO = """
-import os, sys, torch
-sys.path.insert(0, os.getcwd())
+import os, sys
+child = os.fork()
+import torch
 from loft import selectors
+torch.set_num_threads(1)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 16))
-batches, rank = [torch.randn(8, 12) for _ in range(4)], int(os.environ["RANK"])
+batches, rank = [torch.randn(8, 12) for _ in range(4)], int(child == 0)
 choose = lambda batches, kind, dense: selectors.select(
     model, batches, lambda model, x: model(x).logsumexp(1).square().sum(), 4, kind, dense=dense)
 options = [("skew", 0), ("skew", 99), ("gradient", 99), ("activation", 0)]
 alone = [choose(batches, *o) for o in options]
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group("gloo", "file://" + sys.argv[1], rank=rank, world_size=2)
 for o, one in zip(options, alone):
     for n, P in choose(batches[rank::2], *o).items():
         torch.testing.assert_close(P.abs(), one[n].abs(), atol=1e-3, rtol=0)
 torch.distributed.destroy_process_group()
+assert not child or os.waitpid(child, 0)[1] == 0
 """
 
 
 def test_two_processes_choose_what_one_does(tmp_path):
     """With torch.distributed, sums are over all ranks."""
-    (tmp_path / "two.py").write_text(TWO)
-    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    python(HERE, *run, tmp_path / "two.py")
+    python(HERE, "-c", TWO, tmp_path / "store")
 
 
 @pytest.mark.parametrize("code", ["import torch, asyncio; asyncio.run(asyncio.sleep(0))", """
