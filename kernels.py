@@ -88,9 +88,9 @@ def diagonal(rotation, theta, scale=None):
     with torch.autocast(theta.device.type, enabled=False):
         D = T.compute(theta.to(wide))[0].to(kept)        # (L, m, r/b or 1, b, b)
         if D.shape[1] == 1:
-            D = D[:, 0].expand(-1, T.r // c, -1, -1)
+            D = D[:, 0].expand(-1, rotation.r // c, -1, -1)
         else:                                            # what the stages make of the identity
-            rows = torch.eye(c, dtype=kept, device=D.device).repeat(1, T.r // c)
+            rows = torch.eye(c, dtype=kept, device=D.device).repeat(1, rotation.r // c)
             D = torch.stack([T.act(rows, stages) for stages in D])       # (L, c, r)
             D = D.unflatten(-1, (-1, c)).permute(0, 2, 3, 1)
         if scale is not None:                            # diag(1 + β) T diag(1 + α) − I

@@ -185,15 +185,14 @@ class LOFTLinear(nn.Module):
     merged layer's, for code that never calls forward. magnitude=True also learns output scales.
     """
 
-    fused = False                                        # True where kernels.py put its fast twin
+    enabled = True                                       # False: the base alone
+    fused = False                                        # True: kernels.py put its fast twin here
 
     def __init__(self, base, rotation, side="input", method="loft", magnitude=False):
         super().__init__()
         self.in_features, self.out_features = shape(base)
         self.base, self.rotation, self.side, self.method = base, rotation, side, method
-        like = next(rotation.parameters())
-        self.magnitude = Magnitude(like, self.out_features) if magnitude else None
-        self.enabled = True
+        self.magnitude = Magnitude(rotation, self.out_features) if magnitude else None
 
     def forward(self, input):
         if not self.enabled:
@@ -239,9 +238,9 @@ class Transform(nn.Module):
 
     orthogonal = True
 
-    def __init__(self, r, theta):
+    def __init__(self, theta):
         super().__init__()
-        self.r, self.theta = r, nn.Parameter(theta)
+        self.theta = nn.Parameter(theta)
 
     def forward(self, z):
         with torch.autocast(z.device.type, enabled=False):
@@ -270,7 +269,7 @@ class Skew(Transform):
                 f"{stages}: b·2^(m−1) has to divide {r}, b to be even for m > 1; try {common}")
         require(terms >= 2 and (bound is None or bound > 0), f"terms={terms} must be 2 (I + 2Q) or "
                 f"more, bound={bound} positive or None")
-        super().__init__(r, torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
+        super().__init__(torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
         self.b, self.bound, self.orthogonal = b, bound, map != "cayley_neumann"
         self.map = MAPS[map] if self.orthogonal else partial(cayley_neumann, terms=terms)
 
@@ -284,7 +283,7 @@ class Skew(Transform):
     def act(self, z, D):
         y = z
         for s in range(len(D) - 1, 0, -1):               # z Tᵀ = z T_mᵀ … T_1ᵀ
-            i = torch.arange(self.r, device=z.device).view(-1, 2, 2 ** s, self.b // 2)
+            i = torch.arange(z.shape[-1], device=z.device).view(-1, 2, 2 ** s, self.b // 2)
             i = i.transpose(1, 2).flatten()              # a block's two halves, side by side
             y = y + self.blocks(y[..., i], D[s])[..., i.argsort()]
         h = self.blocks(y, D[0])
@@ -292,7 +291,7 @@ class Skew(Transform):
 
     def blocks(self, z, D):
         """z (T_s − I)ᵀ for z (…, r) and the blocks of T_s − I, D (r/b or 1, b, b)."""
-        if self.b == self.r:
+        if self.b == z.shape[-1]:
             return z @ D[0].mT
         rows = z.unflatten(-1, (-1, self.b))             # (…, r/b, b)
         return torch.einsum("...kb,kcb->...kc", rows, D.expand(rows.shape[-2], -1, -1)).flatten(-2)
@@ -307,7 +306,7 @@ class Givens(Transform):
     """
 
     def __init__(self, r, relaxed=False):
-        super().__init__(r, torch.zeros(r - 1, 4 if relaxed else 1))
+        super().__init__(torch.zeros(r - 1, 4 if relaxed else 1))
         self.orthogonal = not relaxed
 
     def compute(self, theta):
@@ -329,8 +328,8 @@ class Givens(Transform):
         aa, ab, ba, bb = D[:n].unbind(-1)
         first, second = a + (a * aa + b * ba), b + (a * ab + b * bb)     # (a, b) ← (a, b) G
         first = self.tree(torch.cat([first, y[..., 2 * n:]], -1), D[n:])
-        pairs = torch.stack([first[..., :n], second], -1).flatten(-2)
-        return torch.cat([pairs, first[..., n:]], -1)
+        pairs = torch.stack([first[..., :n], second], -1)
+        return torch.cat([pairs.flatten(-2), first[..., n:]], -1)
 
     def regularizer(self):
         """qGOFT's Σ ⟨α, β⟩² over the columns α, β of its G."""
@@ -347,9 +346,9 @@ class Householder(Transform):
     """
 
     def __init__(self, r, reflections=8):
-        require(reflections > 0 and reflections % 2 == 0, f"reflections={reflections} must be even, ≥ 2:"
-                " an odd product has determinant −1, and cannot start at the identity")
-        super().__init__(r, torch.randn(r, reflections // 2).repeat_interleave(2, dim=1))
+        require(reflections > 0 and reflections % 2 == 0, f"reflections={reflections} must be even"
+                " and ≥ 2: an odd product has determinant −1, and cannot start at the identity")
+        super().__init__(torch.randn(r, reflections // 2).repeat_interleave(2, dim=1))
 
     def compute(self, u):
         """V (…, r, k) and S⁻¹ (…, k, k)."""
@@ -384,9 +383,9 @@ TRANSFORMS = {
 class Magnitude(Adapter):
     """A learned scale of every output but its bias: y (1 + m); m (out,) is zero at the start."""
 
-    def __init__(self, like, out):
+    def __init__(self, rotation, out):
         super().__init__()
-        self.m = nn.Parameter(like.detach().new_zeros(out))
+        self.m = nn.Parameter(next(rotation.parameters()).new_zeros(out))
 
     def forward(self, y, bias):
         return y + (y if bias is None else y - bias.to(y.dtype)) * self.m.to(y.dtype)
@@ -482,7 +481,7 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     support = default if support is None else support
     if method == "lora":
         config["rank"] = rank or 8
-    require(rank is None or support is None or isinstance(support, str),
+    require(rank is None or isinstance(support, str | None),
             f"rank={rank}, but a support given as tensors has its own: leave it out")
     if isinstance(support, dict) and targets is None:
         targets = lambda name, module: name in support
@@ -501,7 +500,7 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
                 if isinstance(P, str):
                     P = own_support(base, side, P, rank)
                 new[base] = wrap(base, P, method=method, side=side, magnitude=magnitude, **config)
-    small = [n for n, base in found.items() if rank is not None and new[base].rotation.r < rank]
+    small = [n for n, base in found.items() if rank and new[base].rotation.r < rank]
     if small:
         warnings.warn(f"rank={rank} exceeds the dimension, which is taken, of {', '.join(small)}")
     model.requires_grad_(False)                          # from here on nothing fails
@@ -560,7 +559,7 @@ def target_layers(model, targets=None):
     ValueError: nothing matches.
     """
     linear = {n: m for n, m in modules(model).items() if shape(m)}
-    if targets is None and "" not in linear:
+    if targets is None:
         heads = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         heads.add(id(getattr(model, "get_output_embeddings", lambda: None)()))
         names = [n for n, m in linear.items() if n.split(".")[-1] not in HEADS
@@ -568,7 +567,7 @@ def target_layers(model, targets=None):
     elif callable(targets):
         names = [n for n, m in linear.items() if targets(n, m)]
     else:
-        names = matches("targets", "" if targets is None else targets, linear)
+        names = matches("targets", targets, linear)
     require(names, f"no layer to adapt among the linear ones, {', '.join(linear)}: name targets")
     return {n: linear[n] for n in names}
 
@@ -623,8 +622,8 @@ def rotated_weights(model):
     """{layer: its rotated weight}; ValueError where there is none, or it is not finite."""
     weights = {}
     for n, layer in adapted(model).items():
-        W = layer.base._parameters.get("weight")
-        require(W is not None and W.is_floating_point(), f"layer {n!r}: no floating weight of its "
+        own = floating(layer.base) and "weight" in layer.base._parameters
+        require(own, f"layer {n!r}: no floating weight of its "
                 f"own to merge into: a {type(layer.base).__name__}, quantised or computed anew")
         weights[layer] = layer.weight
         require(weights[layer].isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
@@ -701,8 +700,8 @@ def load(model, path):
     setting that differs, or says that the file is no adapter, or damaged.
     """
     data = Path(path).read_bytes()
-    intact = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(intact, f"{path} is damaged, or no LOFT adapter")
+    digest = hashlib.sha256(data[:-32]).digest()
+    require(digest == data[-32:], f"{path} is damaged, or no LOFT adapter")
     found = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     require(found["format"] == FORMAT, f"{path} is of format {found['format']!r}, not {FORMAT!r}")
     return attach(model, found)
@@ -855,20 +854,21 @@ def naming(name):
 # What is promised, measured: `python loft.py`
 
 def demo():
-    torch.manual_seed(0)
     base, x = nn.Linear(64, 96).double(), torch.randn(32, 64).double()
     print("method  parameters  at start  |RᵀR − I|  |σ(W) − σ(W0)|  |merged − adapted|")
     for method in METHODS:
-        before, sigma0 = base(x), torch.linalg.svdvals(base.weight)
+        before, sigma = base(x), torch.linalg.svdvals(base.weight)
         layer = adapt(base, method=method)
         start, theta = (layer(x) - before).abs().max(), [*layer.rotation.parameters()]
         for p in theta:
             nn.init.normal_(p, std=0.3)
         y, error = layer(x), orthogonality_error(layer).get("", float("nan"))
         base = merge(layer)
-        sigma = (torch.linalg.svdvals(base.weight) - sigma0).abs().max()
+        sigma = (torch.linalg.svdvals(base.weight) - sigma).abs().max()
         print(f"{method:6}{sum(p.numel() for p in theta):12}{start:10.0e}{error:11.0e}{sigma:16.0e}"
               f"{(base(x) - y).abs().max():20.0e}")
+    if os.path.exists(f"{__path__[0]}/selectors.py"):
+        beside("selectors").demo()
 
 
 if __name__ == "__main__":

@@ -515,3 +515,18 @@ def cut(batch, size=8):
         return [batch]
     pieces = zip(*(t.split(size) for t in leaves))
     return [_pytree.tree_unflatten(piece, tree) for piece in pieces]
+
+
+def demo():
+    """Prints the score of supports beside the decrease that a small rotation in them buys."""
+    shapes = (48, 64), (256, 64), (256, 48)
+    W, x, y = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    loss = torch.func.grad_and_value(lambda W: (torch.tanh(x @ W.mT) - y).square().sum())
+    G, before = loss(W)
+    S = skew_part(W.mT @ G)
+    print("support    score  measured decrease / ‖A‖")
+    for name, P in dict(random=random(W, 8), principal=principal(W, 8), gradient=gradient(W, G, 8),
+                        paired=paired(W, G, 8), skew=skew(W, G, 8)).items():
+        A = -1e-6 * P.mT @ S @ P
+        after = loss(W @ torch.linalg.matrix_exp(P @ A @ P.mT))[1]
+        print(f"{name:9}{score(W, G, P):7.1f}{(before - after) / A.norm():12.1f}")
