@@ -656,9 +656,7 @@ def check(model, batch, loss_fn):
 
     loss_fn(model, batch) → scalar is the loss of training, as in `selectors.select`.
     """
-    wrong, errors = {}, orthogonality_error(model)
-    with torch.enable_grad():
-        loss = loss_fn(model, batch)
+    wrong, errors, loss = {}, orthogonality_error(model), loss_fn(model, batch)
     for n, layer in layers(model).items():
         theta, g = next(layer.rotation.parameters()), None
         if theta.requires_grad and loss.requires_grad:
@@ -727,10 +725,9 @@ def attach(model, found):
             new[n] = old.get(n) or wrap(there[n], P, **settings)
     adapters = adapter_state(new)
     own = plain_parameters(model) | adapters
-    require(adapters.keys() <= state.keys(), f"it lacks {', '.join(adapters.keys() - state)}")
-    for n, value in state.items():
-        has = own[n].shape if n in own else None
-        require(has == value.shape, f"{n!r} is {value.shape} in the file, {has} in the model")
+    for n in adapters | state:
+        has, wants = (getattr(tensors.get(n), "shape", None) for tensors in (own, state))
+        require(has == wants, f"{n!r} is {wants} in the file, {has} in the model")
 
     if not old:
         model.requires_grad_(False)
@@ -864,8 +861,8 @@ def demo():
             nn.init.normal_(p, std=0.3)
         y, error = layer(x), orthogonality_error(layer).get("", float("nan"))
         base = merge(layer)
-        sigma = (torch.linalg.svdvals(base.weight) - sigma).abs().max()
-        print(f"{method:6}{sum(p.numel() for p in theta):12}{start:10.0e}{error:11.0e}{sigma:16.0e}"
+        print(f"{method:6}{sum(p.numel() for p in theta):12}{start:10.0e}{error:11.0e}"
+              f"{(torch.linalg.svdvals(base.weight) - sigma).abs().max():16.0e}"
               f"{(base(x) - y).abs().max():20.0e}")
     if os.path.exists(f"{__path__[0]}/selectors.py"):
         beside("selectors").demo()
