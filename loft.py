@@ -43,6 +43,9 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":                               # torch does without it
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+
 import torch
 from torch import nn
 
@@ -625,8 +628,8 @@ def rotated_weights(model):
         own = floating(layer.base) and "weight" in layer.base._parameters
         require(own, f"layer {n!r}: no floating weight of its "
                 f"own to merge into: a {type(layer.base).__name__}, quantised or computed anew")
-        weights[layer] = layer.weight
-        require(weights[layer].isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
+        weights[layer] = W = layer.weight
+        require(W.isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
     return weights
 
 
@@ -698,8 +701,8 @@ def load(model, path):
     setting that differs, or says that the file is no adapter, or damaged.
     """
     data = Path(path).read_bytes()
-    digest = hashlib.sha256(data[:-32]).digest()
-    require(digest == data[-32:], f"{path} is damaged, or no LOFT adapter")
+    require(hashlib.sha256(data[:-32]).digest() == data[-32:],
+            f"{path} is damaged, or no LOFT adapter")
     found = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     require(found["format"] == FORMAT, f"{path} is of format {found['format']!r}, not {FORMAT!r}")
     return attach(model, found)
@@ -856,10 +859,10 @@ def demo():
     for method in METHODS:
         before, sigma = base(x), torch.linalg.svdvals(base.weight)
         layer = adapt(base, method=method)
-        start, theta = (layer(x) - before).abs().max(), [*layer.rotation.parameters()]
+        start, theta = (layer(x) - before).abs().max(), list(layer.rotation.parameters())
         for p in theta:
             nn.init.normal_(p, std=0.3)
-        y, error = layer(x), orthogonality_error(layer).get("", float("nan"))
+        y, error = layer(x), orthogonality_error(layer).get("", math.nan)
         base = merge(layer)
         print(f"{method:6}{sum(p.numel() for p in theta):12}{start:10.0e}{error:11.0e}"
               f"{(torch.linalg.svdvals(base.weight) - sigma).abs().max():16.0e}"

@@ -75,7 +75,7 @@ def parse(argv):
     add = parser.add_argument
     add("--task", type=listed(str, tasks.TASKS), default="code",
         help=f"any of {', '.join(tasks.TASKS)}")
-    add("--method", type=listed(str, METHODS), default="frozen,loft,psoft,oft,lora,full",
+    add("--method", type=listed(str, METHODS), default="loft,psoft,lora",
         help=f"any of {', '.join(METHODS)}")
     add("--support", type=listed(str, SUPPORTS), default=SHOWN,
         help=f"of loft: any of {', '.join(SUPPORTS)} (default {SHOWN})")
