@@ -64,8 +64,8 @@ each_side = pytest.mark.parametrize("side", loft.SIDES)
 ANY_SIZE = ("loft", "psoft", "lora", "goft", "qgoft", "hra")
 
 
-def orthonormal(d, r, dtype=torch.float64):
-    return torch.linalg.qr(torch.randn(d, r, dtype=torch.float64))[0].to(dtype)
+def orthonormal(d, r):
+    return torch.linalg.qr(torch.randn(d, r, dtype=torch.float64))[0]
 
 
 def trained(module):
@@ -122,23 +122,21 @@ def test_R_is_orthogonal_whatever_is_learned(transform, r, exponent, dtype, seed
     torch.manual_seed(seed)
     r += -r % 4 if transform in ("block", "butterfly") else 0
     base, x = nn.Linear(r + seed % 5, 1).to(dtype), torch.randn(4, r + seed % 5, dtype=dtype)
-    layer = loft.adapt(base, support="random", rank=r, transform=transform,
-                       backend=backend)
+    layer = loft.adapt(base, support="random", rank=r, transform=transform, backend=backend)
     R = stir(layer, 10.0 ** exponent).rotation
     assert loft.orthogonality_error(layer)[""] <= ROUNDING[dtype]
     same(R(x).norm(dim=1), x.norm(dim=1))
 
 
-def test_ten_thousand_steps_at_absurd_rates():
+def test_ten_thousand_steps_at_an_absurd_rate():
     """Nothing drifts, for nothing is accumulated."""
     torch.manual_seed(0)
     T, eye, target = loft.TRANSFORMS["cayley"](4), torch.eye(4), torch.randn(4, 4)
-    for rate in (0.5, 1e4):
-        optimizer = torch.optim.Adam(T.parameters(), rate)
-        for _ in range(5_000):
-            optimizer.zero_grad()
-            (T(eye) - target).square().sum().backward()
-            optimizer.step()
+    optimizer = torch.optim.Adam(T.parameters(), 1e4)
+    for _ in range(10_000):
+        optimizer.zero_grad()
+        (T(eye) - target).square().sum().backward()
+        optimizer.step()
     D = T.double()(eye.double())
     assert T.theta.abs().max() > 100 and (D + D.mT + D.mT @ D).abs().max() <= 1e-12
 
@@ -191,7 +189,7 @@ def test_gradients(case, side):
     _, model, x = pair(case, side)
     for model in (model, stir(copy.deepcopy(model))):
         names, values = zip(*trained(model).items())
-        call = lambda x, *values: torch.func.functional_call(model, dict(zip(names, values)), (x,))
+        call = lambda x, *values: functional_call(model, dict(zip(names, values)), (x,))
         for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             check(call, (x.requires_grad_(), *values), fast_mode=True, atol=1e-4)
 
@@ -453,9 +451,15 @@ def python(cwd, *arguments):
 
 
 def test_loft_alone(tmp_path):
-    """Copied into an empty folder it runs, and works, on a bare layer."""
+    """Copied into an empty folder it runs, and works, on a bare layer too."""
     shutil.copy(HERE / "loft.py", tmp_path)
     python(tmp_path, "loft.py")
+    python(tmp_path, "-c", """
+import loft, torch
+layer = loft.adapt(torch.nn.Linear(8, 8), support="random", rank=4)
+loft.save(layer, "a.pt")
+loft.merge(loft.load(torch.nn.Linear(8, 8), "a.pt"))
+""")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -603,6 +607,7 @@ def test_skew_has_the_largest_score(out, d, thin, seed):
         P = getattr(selectors, kind)(*([W] if kind in selectors.OF_WEIGHT else [W, G]), r)
         same(P.mT @ P, torch.eye(r).double(), 1e-10)
         score[kind] = selectors.score(W, G, P)
+        assert kind != "coordinate" or (S @ P).norm() >= S.norm(dim=0).topk(r).values.norm() - 1e-8
     assert score["principal"] - 1e-8 <= score["rescored"] <= max(score.values()) <= best + 1e-8
     assert score["skew"] >= best - 1e-8
     if thin == 1 and r == 2:                             # G = u vᵀ: not v, but span{v, W0ᵀu}
@@ -745,9 +750,9 @@ def test_a_budget_is_spent_where_planes_are_strongest():
     """A plane counts σ², and costs what it adds to r(r−1)/2; the strongest come first."""
     ranks = {1: dict(a=2), 6: dict(a=2, b=2), 7: dict(a=2, b=4), 12: dict(a=4, b=4)}
     assert ranks == {budget: selectors.spend(dict(a=[3, 1], b=[2, 2]), budget) for budget in ranks}
-    model, batches, _ = calibration()
-    found = selectors.within(model, batches, cross_entropy, 40)
-    assert 30 < sum(P.shape[1] * (P.shape[1] - 1) // 2 for P in found.values()) <= 40
+    model, batches, choose = calibration(rank=4, targets=["0"])
+    found = selectors.within(model, batches, cross_entropy, 6, ["0"])
+    same_span(found["0"], choose(batches)["0"])
 
 
 @pytest.mark.parametrize("options, words", [
@@ -767,30 +772,28 @@ def test_what_does_not_fit_is_refused(options, words):
 
 
 TWO = """
-import os, sys
-child = os.fork()
-import torch
+import os, sys, torch
 from loft import selectors
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 16))
-batches, rank = [torch.randn(8, 12) for _ in range(4)], int(child == 0)
+batches, store, rank = [torch.randn(8, 12) for _ in range(4)], sys.argv[1], int(sys.argv[2])
 choose = lambda batches, kind, dense: selectors.select(
     model, batches, lambda model, x: model(x).logsumexp(1).square().sum(), 4, kind, dense=dense)
 options = [("skew", 0), ("skew", 99), ("gradient", 99), ("activation", 0)]
 alone = [choose(batches, *o) for o in options]
-torch.distributed.init_process_group("gloo", "file://" + sys.argv[1], rank=rank, world_size=2)
+torch.distributed.init_process_group("gloo", "file://" + store, rank=rank, world_size=2)
 for o, one in zip(options, alone):
     for n, P in choose(batches[rank::2], *o).items():
         torch.testing.assert_close(P.abs(), one[n].abs(), atol=1e-3, rtol=0)
-torch.distributed.destroy_process_group()
-assert not child or os.waitpid(child, 0)[1] == 0
+os._exit(0)      # torch 2.6's destroy_process_group may wait for a thread that wants the GIL
 """
 
 
 def test_two_processes_choose_what_one_does(tmp_path):
     """With torch.distributed, sums are over all ranks."""
-    python(HERE, "-c", TWO, tmp_path / "store")
+    run = partial(python, HERE, "-c", TWO, tmp_path / "store")
+    list(ThreadPoolExecutor(2).map(run, "01"))
 
 
 @pytest.mark.parametrize("code", ["import torch, asyncio; asyncio.run(asyncio.sleep(0))", """
@@ -905,6 +908,7 @@ WAYS = {
     "accumulated": accumulated, "functional": doubled, "autocast": autocast,
     "one layer frozen": lambda model, x: (model[1].requires_grad_(False), model(x))[1],
     "by parts": lambda model, x: model[2](model[:2](x)),
+    "its weight": lambda model, x: x @ model[0].weight.mT,
     "threads": lambda model, x: sum(ThreadPoolExecutor(3).map(model, [x] * 5)),
     "an early exit": midway(lambda model, x, y: y),
     "edited in another thread": midway(edited),
@@ -1009,7 +1013,7 @@ def test_parameters_that_come_when_their_module_is_called():
 
 
 @pytest.mark.parametrize("case", ["psoft", "boft", "coft", "hra"])
-@pytest.mark.parametrize("change", [lambda model: model, kernels.unfuse])
+@pytest.mark.parametrize("change", [kernels.fuse, kernels.unfuse])
 def test_compiled(case, change):
     """One graph, which T is part of: none more for another batch size, or for other parameters."""
     torch._dynamo.reset()
@@ -1104,8 +1108,7 @@ REFUSALS = [
     (lambda: nn.Sequential(nn.Linear(13, 20), *network()[1:]), loft.load, "(12, 4), expected (13"),
     (lambda: loft.adapt(network(), "0", rank=4), loft.load, "in the file, {'0'"),
     (lambda: loft.adapt(network(), ["0", "2"], rank=6), loft.load, "'0.rotation.P' is"),
-    *((partial(four, **more), loft.load, "in the file, {'0'") for more in (
-        dict(side="output"), dict(transform="expm"), dict(magnitude=True))),
+    (partial(four, transform="expm"), loft.load, "in the file, {'0'"),
 ]
 
 

@@ -10,15 +10,15 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"                     # before anything reads it
 pytest.importorskip("trl")                             # which needs transformers and datasets
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
+import datasets
 import tokenizers
 import torch
 import transformers
 import trl
 
 import loft
+import train
 from lab import own
 
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -28,16 +28,16 @@ TEMPLATE = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfo
 CHATS = [{"messages": [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in
                        enumerate((f"from {i}", f"{i}, {i + 1}", "go on", f"{i + 2}, {i + 3}"))]}
          for i in range(30)]
-PAIRS = [{"prompt": f"after {i} comes", "completion": f" {i + 1}"} for i in range(30)]
+PAIRS = [{"prompt": "after one comes", "completion": " two"}] * 30
 FAST = ("--rank 4 --calibration 32 --learning_rate 1e-2 --max_steps 8 --seed 3 --disable_tqdm True "
-        "--per_device_train_batch_size 4").split()
+        "--per_device_train_batch_size 4")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     """The working folder: every model with a byte-level tokenizer, and the data."""
-    before, folder = os.getcwd(), tmp_path_factory.mktemp("own")
-    os.chdir(folder)
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("own"))
     raw = tokenizers.ByteLevelBPETokenizer()
     raw.train_from_iterator([json.dumps(CHATS)], 300, special_tokens=["<s>", "</s>", "<pad>"])
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -52,28 +52,21 @@ def folder(tmp_path_factory):
     Path("pairs.json").write_text(json.dumps(PAIRS))
     Path("reviews.csv").write_text(
         "text, label\n" + '"it is odd,\nor is it?",odd\n"even it is",even\n' * 15)
-    Path("notes.txt").write_text("\n\n".join(row["prompt"] * 3 for row in PAIRS))
+    Path("notes.txt").write_text("after one comes two\n\n" * 30)
     yield
     os.chdir(before)
 
 
-def command(model, data, out, *more):
-    return [*f"--model {model} --data {data} --out {out}".split(), *FAST, *more]
+def command(model, data, out, more=""):
+    return f"--model={model} --data={data} --out={out} {FAST} {more}".split()
 
 
 def run(*what):
-    own.main(command(*what))
+    train.main(command(*what))
 
 
-def rows(model, data):
-    """What a trainer has made of the data: rows of input_ids and labels."""
-    args = trl.SFTConfig("runs", bf16=False, use_cpu=True)
-    return own.build(own.Settings(model, data), args)[0].train_dataset
-
-
-def adapted(model, out):
-    model = transformers.AutoModelForCausalLM.from_pretrained(model)
-    return loft.load(model, f"{out}/adapter.pt").state_dict().values()
+def learned(out):
+    return torch.load(f"{out}/adapter.pt")["state"]
 
 
 @pytest.mark.parametrize("model, data", [
@@ -81,118 +74,105 @@ def adapted(model, out):
     ("gpt2", "notes.txt"), ("bert", "reviews.csv"), ("gpt2", "reviews.csv")])
 def test_it_learns_and_exports_what_it_learned(model, data, capsys):
     out = f"{model}-{data}"
-    run(model, data, out, "--export", f"{out}/merged")
+    run(model, data, out, f"--export {out}/merged")
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert float(row[2]) < float(row[1]) and float(row[3]) < 1e-5, row
-    kind = "SequenceClassification" if data == "reviews.csv" else "CausalLM"
-    auto = getattr(transformers, f"AutoModelFor{kind}")
+    classifies = data == "reviews.csv"
+    auto = (transformers.AutoModelForSequenceClassification if classifies
+            else transformers.AutoModelForCausalLM)
     merged = auto.from_pretrained(f"{out}/merged")
     here = loft.load(auto.from_pretrained(model, pad_token_id=2), f"{out}/adapter.pt")
     x = torch.arange(40).view(2, 20)
     torch.testing.assert_close(merged(x).logits, here(x).logits, atol=1e-4, rtol=1e-4)
-    if kind != "CausalLM":
+    if classifies:
         assert merged.config.id2label == {0: "even", 1: "odd"}
 
 
 def test_targets_are_the_tokens_of_each_answer_in_its_chat():
     tokenizer = transformers.AutoTokenizer.from_pretrained("llama")
-    trained = rows("llama", "chats.jsonl")
-    assert len(trained) == 2 * 27                      # two answers a chat, a tenth held out
-    for row in trained:
+    args = trl.SFTConfig("runs", bf16=False, use_cpu=True)
+    trainer, _ = own.build(own.Settings("llama", "chats.jsonl"), args)
+    assert len(trainer.train_dataset) == 2 * 27        # two answers a chat, a tenth held out
+    for row in trainer.train_dataset:
         i, chat = len(row["prompt"]), row["messages"]
         ids = tokenizer.apply_chat_template(chat[:i + 1])["input_ids"]
         known = tokenizer.apply_chat_template(chat[:i], add_generation_prompt=True)["input_ids"]
-        answer = ids[len(known):]
-        assert row["input_ids"] == ids and row["labels"] == [-100] * len(known) + answer
-    for row in rows("llama", "pairs.json"):
-        prompt, answer = (tokenizer(row[k])["input_ids"] for k in ("prompt", "completion"))
-        assert row["labels"] == [-100] * len(prompt) + answer and answer[-1] == 1
+        assert row["input_ids"] == ids
+        assert row["labels"] == [-100] * len(known) + ids[len(known):]
 
 
 @pytest.mark.parametrize("names, places", [
     (["odd", "even"], {"even": 1, "odd": 0}),          # the model's own names, in its order
     (["odd", "even", "prime"], {"0": 0, "2": 2}),      # numbers are places
-    (["a", "b"], {9: 0, 10: 1})])                      # a new head, in order
+    (["a", "b", "c"], {9: 0, 10: 1})])                 # a new head, in order
 def test_labels_have_the_places_that_the_model_gives_them(names, places):
     config = transformers.BertConfig(**SIZES, id2label=dict(enumerate(names)))
     transformers.BertForSequenceClassification(config).save_pretrained("named")
     tokenizer = transformers.AutoTokenizer.from_pretrained("bert")
-    tokenizer.save_pretrained("named")
-    data = [json.dumps({"text": f"is {label}", "label": label}) for label in places]
-    Path("named.jsonl").write_text("\n".join(data * 15))
-    expected = {f"is {label}": place for label, place in places.items()}
-    for row in rows("named", "named.jsonl"):
-        assert row["labels"] == expected[tokenizer.decode(row["input_ids"])]
+    parts = [datasets.Dataset.from_dict({"text": ["is it?"], "label": [label]}) for label in places]
+    _, parts = own.classifier("named", {}, tokenizer, parts)
+    assert [row["labels"] for row, in parts] == [*places.values()]
 
 
-SCRIPT = f"""
+KILLED = f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import loft
-from lab import own
+sys.path.insert(0, {os.path.dirname(train.__file__)!r})
+import loft, train
 save, files = loft.save, []
 def saved(model, path):
     files.append(path)
-    if len(files) == 3 and "KILL" in os.environ:
+    if len(files) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     save(model, path)
 loft.save = saved
-own.main(sys.argv[1:])
+train.main(sys.argv[1:])
 """
 
 
-def test_killed_and_resumed_is_uninterrupted(monkeypatch):
+def test_killed_and_resumed_is_uninterrupted():
     more = ("--save_steps 2 --max_steps 9 --gradient_accumulation_steps 2 --eval_strategy steps "
-            "--eval_steps 3").split()
-    monkeypatch.setenv("KILL", "1")
-    what = "gpt2", "chats.jsonl", "killed", *more
-    assert subprocess.run([sys.executable, "-c", SCRIPT, *command(*what)]).returncode == -9
-    assert Path("killed/checkpoint-4").exists()
-    run(*what, "--resume")
-    run("gpt2", "chats.jsonl", "whole", *more)
-    assert all(map(torch.equal, adapted("gpt2", "killed"), adapted("gpt2", "whole")))
+            "--eval_steps 3 --packing --max_length 96")
+    words = command("gpt2", "chats.jsonl", "killed", more)
+    assert subprocess.run([sys.executable, "-c", KILLED, *words]).returncode == -9
+    Path("killed/checkpoint-2").rename("moved")
+    train.main([*words, "--resume"])
+    run("gpt2", "chats.jsonl", "whole", more)
+    torch.testing.assert_close(learned("killed"), learned("whole"), atol=0, rtol=0)
+    assert not Path("killed/checkpoint-2").exists()    # it went on, not once more from the start
 
 
 def test_two_processes_give_the_result_of_one():
-    Path("script.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "--standalone", "script.py", *command("llama", "chats.jsonl", "two"),
-                    "--per_device_train_batch_size", "2"], check=True, timeout=120)
+    subprocess.check_call(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         train.__file__,
+         *command("llama", "chats.jsonl", "two", "--per_device_train_batch_size 2")], timeout=120)
     run("llama", "chats.jsonl", "one")
-    for one, two in zip(adapted("llama", "one"), adapted("llama", "two")):
-        torch.testing.assert_close(one, two, atol=1e-2, rtol=0)
+    torch.testing.assert_close(learned("one"), learned("two"), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name, text, says", [
-    ("ragged.csv", "text,label\na,b\nc,d,e\n", "got 3: c,d,e"),
     ("shifted.csv", "text,label\na,b,x\nc,d,e\n", "got 3: a,b,x"),
-    ("short.csv", "text,label\na\nc,d\n", "got 1: a"),
     ("other.csv", "words,label\na,b\n", "it has ['words', 'label']; wanted are messages, or"),
     ("gap.csv", "text,label\na,1\nb,\n", "example 2 has no label"),
     ("empty.csv", "", "not empty"),
-    ("surrogate.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "surrogate"),
     ("broken.jsonl", '{"text": "a"}\n{"text": \n', "JSON parse error"),
-    ("missing.jsonl", '{"text": "a"}\n{"other": "b"}\n', "example 2 has no text"),
-    ("mixed.jsonl", '{"prompt": [{"role": "u", "content": ""}], "completion": ""}\n' * 9, "list"),
     ("silent.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n' * 20, "no assistant"),
-    ("latin.txt", "a\xff\n\nb", "utf-8"),
     ("one.txt", "a single paragraph", "n_samples=1"),
     ("no.parquet", "text", "Parquet")])
 def test_a_file_that_does_not_fit_is_one_line(name, text, says):
-    Path(name).write_text(text, "latin-1")
+    Path(name).write_text(text)
     with pytest.raises(SystemExit) as end:
         run("llama", name, "refused")
     line = str(end.value)
     assert name in line and says in line and "\n" not in line and not Path("refused").exists()
 
 
-@pytest.mark.parametrize("option, value, says", [
-    ("--model", "nowhere", "--model nowhere"), ("--model", ".", "--model ."),
-    ("--data", "absent.csv", "No such file"),
-    ("--bogus", "1", "--bogus"), ("--support", "best", "best"), ("--options", "{", "JSON")])
-def test_a_setting_that_does_not_fit_is_one_line(option, value, says):
+@pytest.mark.parametrize("words, says", [
+    ("--model nowhere", "--model nowhere"), ("--bogus 1", "--bogus"), ("--support best", "best"),
+    ("--options {", "JSON")])
+def test_a_setting_that_does_not_fit_is_one_line(words, says):
     with pytest.raises(SystemExit, match=says):
-        run("llama", "chats.jsonl", "refused", option, value)
+        run("llama", "chats.jsonl", "refused", words)
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -204,7 +184,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_a_quantised_base_trains_and_is_not_merged(bits):
     pytest.importorskip("bitsandbytes")
-    more = ["--model_init_kwargs", json.dumps({"quantization_config": {bits: True}})]
-    run("llama", "chats.jsonl", bits, *more)
+    more = f'--model_init_kwargs {{"quantization_config":{{"{bits}":true}}}}'
+    run("llama", "chats.jsonl", bits, more)
     with pytest.raises(SystemExit, match="a quantised model cannot be merged"):
-        run("llama", "chats.jsonl", bits, *more, "--export", "merged")
+        run("llama", "chats.jsonl", bits, f"{more} --export merged")

@@ -68,9 +68,8 @@ def test_a_task_is_deterministic_and_its_splits_share_no_example(name):
     tune, val, trained = ({tuple(row.flatten().tolist()) for x, *_ in batches for row in x}
                           for batches in (task.splits["tune"], task.splits["val"], [mine]))
     assert not tune & val and not trained & (tune | val) and min(len(tune), len(val)) > 200
-    measured = task.measure(task.model, task.splits["val"][:1])          # before it has learned
-    assert all(share < 0.5 for share in measured.values())
-    assert task.bits(task.model, "val", 1) > 1
+    shares = task.measure(task.model, task.splits["val"][:1])            # before it has learned
+    assert task.bits(task.model, "val", 1) > 1 and all(share < 0.5 for share in shares.values())
 
 
 def test_responses_are_what_is_predicted_and_right_answers_count():
@@ -82,8 +81,10 @@ def test_responses_are_what_is_predicted_and_right_answers_count():
         assert all(eval(term.replace("=", "==")) for term in response.split())
 
     def half_right(tokens):
-        said = texts.masked_fill(torch.arange(len(texts))[:, None] % 2 == 0, ord("\n"))
         return nn.functional.one_hot(said[:, 1:tokens.shape[1] + 1], 256)
+
+    said = texts.clone()
+    said[::2] = ord("\n")
 
     assert tasks.exact_match(half_right, [(x, y)]) == {"exact_match": 0.5}
 
@@ -91,9 +92,9 @@ def test_responses_are_what_is_predicted_and_right_answers_count():
 def test_images_show_what_their_labels_say():
     images, labels = tasks.vision().batch(seeded(0), 200)
     assert [len(column.unique()) for column in labels.T] == [8, 4, 9, 4]
-    for image, cell in zip(images, labels[:, 2].tolist()):
-        row, column = 2 + 10 * (cell // 3), 2 + 10 * (cell % 3)
-        assert image[row:row + 8, column:column + 8].max() > 1.15        # the bright object
+    brightest = images.flatten(1).argmax(1)              # where others overlap it may be theirs
+    cell = brightest // 32 // 10.5 * 3 + brightest % 32 // 10.5          # of 3 × 3
+    assert (cell == labels[:, 2]).float().mean() > 0.9
 
 
 def test_unseen_languages_combine_the_rules_that_are_seen_one_by_one():
@@ -177,25 +178,26 @@ def test_a_size_is_the_largest_within_the_budget():
     assert sizes == [45, 43, 8, 4, 4, 2]
 
 
-@pytest.mark.parametrize("script", ["train.py", "-m lab.study"])
-def test_a_newcomer_sees_no_lines_but_ours(script):
-    out = subprocess.check_output([sys.executable, *script.split(), "--help"],
-                                  stderr=subprocess.STDOUT, cwd=Path(train.__file__).parent)
-    assert out.startswith(b"usage: ")
+def test_a_newcomer_sees_no_lines_but_ours():
+    for script in ("train.py", "-m lab.study"):
+        out = subprocess.check_output([sys.executable, *script.split(), "--help"],
+                                      stderr=subprocess.STDOUT, cwd=Path(train.__file__).parent)
+        assert out.startswith(b"usage: ")
 
 
 # --------------------------------------------------------------------------------------------------
 # The study
 
-def row(method, seed, after, lr=1e-2, tune=1.0, size=1):
+def row(method, seed, after, size=1):
     return dict.fromkeys(study.KEY) | dict(
-        method=method, size=size, seed=seed, lr=lr, trainable=size, tune=tune, after=after,
+        method=method, size=size, seed=seed, lr=1e-2, trainable=size, tune=1.0, after=after,
         kept_after=2.0, before=9.0, kept_before=1.0, measures={}, measures_before={},
         curve=[[3, 4.0, 1.0], [6, 2.0, 2.0], [9, after, 3.0]])
 
 
 def test_differences_are_paired_by_seed_at_the_rate_that_was_tuned():
-    rows = [row("lora", 0, 9.9, lr=1e-1, tune=2.0), *(row("lora", i, 1 + i / 2) for i in range(3))]
+    rows = [row("lora", 0, 9.9) | dict(lr=1e-1, tune=2.0)]
+    rows += [row("lora", i, 1 + i / 2) for i in range(3)]
     rows += [row("full", i, after) for i, after in ((2, 2.3), (0, 1.1), (1, 1.7), (3, 9.0))]
     rows += [row("lora", i, 7.0, size=4) for i in range(2)]
     *_, small, full, large = study.report(study.groups(rows), "lora").strip().split("\n")
