@@ -11,7 +11,8 @@ questions decide how well a support learns:
    eigenvalues ±iσ_j, a plane each, and the best P of even rank is the r/2 planes of largest σ:
    kind="skew".
 2. Whose gradient? G at W0 knows where descent starts, not where it goes. lookahead=N sums S along
-   N steps of a provisional adaptation, which is thrown away afterwards.
+   N steps of a provisional adaptation, which is thrown away afterwards. Or nothing is: train for a
+   while at twice the rank, and `narrow` keeps the planes that have turned furthest.
 3. Which basis? P V gives the same rotations for every orthogonal V (r × r), but Adam scales each
    entry of the generator by itself, which is right where entries are uncorrelated. `align` takes
    for V the eigenbasis of C = Σ_b MᵀM, M = PᵀS_bP, over small pieces b of the data: Shampoo's
@@ -23,6 +24,7 @@ questions decide how well a support learns:
     P = selectors.select(model, batches, loss_fn, rank=32, lookahead=50)
     P = selectors.within(model, batches, loss_fn, budget=20_000) # ranks where planes are strong
     loft.adapt(model, support=P)
+    selectors.narrow(model, batches, loss_fn, rank=16)           # after some steps of training
 """
 from __future__ import annotations
 
@@ -46,20 +48,14 @@ else:
     from torch.autograd import Function
     from torch.utils import _pytree
 
-    from . import (SIDES, at_least_float32, floating, matches, matrix, naming, one_of, principal,
-                   plain_parameters, random, replace, require, shape, target_layers, wrap)
+    from . import (SIDES, SUPPORTS, adapted, at_least_float32, beside, floating, matches, matrix,
+                   naming, one_of, plain_parameters, principal, random, replace, require, shape,
+                   skew as filled, target_layers, wrap)
 
 
 # --------------------------------------------------------------------------------------------------
 # Supports as functions of tensors: W and G (out, in) → P (in, r) with orthonormal columns. loft.py
 # has random(W, r) and principal(W, r). For the output side pass transposes.
-
-def minor(W, r):
-    """The last r right singular vectors of W, but for its null space, where no rotation acts."""
-    short = min(W.shape)
-    require(r <= short, f"rank {r}: only {short} directions of W are outside its null space")
-    return torch.linalg.svd(full(W), full_matrices=False)[2][short - r:].mT.contiguous()
-
 
 def gradient(W, G, r):
     """Top r right singular vectors of G: what G looks at, not where W0 sends it (see `paired`)."""
@@ -76,23 +72,12 @@ def moment(S, r):
     return principal((S.mT @ S).sum(0), r)
 
 
-def coordinate(W, G, r):
-    """The r coordinates e_i with the largest ‖S e_i‖: OFT's kind of support, chosen."""
-    return axes(skew_part(full(W).mT @ full(G)), r)
-
-
 def paired(W, G, r):
     """Basis of [v_1, W0ᵀu_1, v_2, W0ᵀu_2, …], (u, σ, v) the top r/2 singular triplets of G.
 
     For a rank-one G = σ u vᵀ the plane span{v, W0ᵀu} is the best there is; v alone scores 0.
     """
     return pairs(full(W), full(G).mT, None, r)
-
-
-def rescored(W, G, r, pool=4):
-    """The best r dimensions for G in the top pool·r principal directions V: V skew(WV, GV)."""
-    V = principal(W, min(pool * r, W.shape[1]))
-    return V @ skew(full(W) @ V, full(G) @ V, r)
 
 
 def skew(W, G, r):
@@ -132,12 +117,6 @@ def restricted(P, x, g):
     """PᵀSP (r, r) of S = skew(gᵀx), or what rows x and g add to it."""
     P = P.to(x)
     return skew_part((g @ P).mT @ (x @ P))
-
-
-def axes(Y, r):
-    """The columns of the identity where Y (d, k) has its longest rows → (d, r)."""
-    longest = Y.norm(dim=1).topk(r).indices.sort().values
-    return torch.nn.functional.one_hot(longest, len(Y)).mT.to(Y)
 
 
 def pairs(W, Y, Z, r):
@@ -280,8 +259,7 @@ def S_times(Z, x, g):
 # --------------------------------------------------------------------------------------------------
 # Supports of a model
 
-OF_WEIGHT = ("random", "principal", "minor")
-KINDS = (*OF_WEIGHT, "coordinate", "activation", "gradient", "paired", "rescored", "moment", "skew")
+KINDS = ("random", "principal", "activation", "gradient", "paired", "moment", "skew")
 
 
 class Sketch:
@@ -290,21 +268,19 @@ class Sketch:
     H is S, or Gᵀ (gradient, paired), or a second moment. Up to d = `dense` Z is I, and a pass over
     data gives H. Above, Z is thin, at first random; a pass gives H Z, the next one goes on from
     orth(H Z), and the last one counts. (Gᵀ maps from one space into another, so that G takes turns
-    with it.) For `rescored` Z is principal, and stays.
+    with it.)
     """
 
-    def __init__(self, kind, layer, side, r, passes, dense, pool):
+    def __init__(self, kind, layer, side, r, passes, dense):
         require(isinstance(r, int) and r >= 1, f"rank {r!r} must be an int ≥ 1")
-        if r % 2 and kind in ("skew", "rescored"):
+        if r % 2 and kind == "skew":
             warnings.warn(f"rank {r} is odd: one of its directions is in no plane")
         d = shape(layer)[SIDES.index(side)]
         self.kind, self.layer, self.side, self.r, self.left = kind, layer, side, min(r, d), passes
         self.place = "layer" if kind in ("gradient", "paired") else "rotation"
-        self.thin = d > dense and kind not in (*OF_WEIGHT, "rescored")
+        self.thin = d > dense and kind not in SUPPORTS
         self.Z, self.HZ, self.sigma = None, 0, ()
-        if kind == "rescored":
-            self.Z = principal(self.weight(), min(pool * r, d))
-        elif self.thin:
+        if self.thin:
             W = self.weight()
             self.Z = random(W.mT if self.place == "layer" and passes % 2 else W, r + 16)
 
@@ -321,7 +297,7 @@ class Sketch:
 
     @property
     def reached(self):
-        return torch.is_tensor(self.HZ) or self.kind in OF_WEIGHT
+        return torch.is_tensor(self.HZ) or self.kind in SUPPORTS
 
     def next_pass(self):
         self.left -= 1
@@ -341,11 +317,8 @@ class Sketch:
         return x.mT @ (g if self.Z is None else g @ self.Z)
 
     def support(self):
-        if self.kind in OF_WEIGHT:
-            choose = {"random": random, "principal": principal, "minor": minor}[self.kind]
-            return choose(self.weight(), self.r)
-        if self.kind == "coordinate":
-            return axes(self.HZ, self.r)
+        if self.kind in SUPPORTS:
+            return SUPPORTS[self.kind](self.weight(), self.r)
         if self.kind == "paired":
             return pairs(self.weight(), self.HZ, self.Z, self.r)
         if self.kind in ("gradient", "activation", "moment"):
@@ -393,7 +366,7 @@ def adam(model, lr, steps):
 
 def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="input", align=True,
            lookahead=0, lookahead_lr=1e-2, lookahead_support="principal", trainable=(),
-           budget=None, passes=3, dense=1024, pool=4, seed=0):
+           budget=None, passes=3, dense=1024, seed=0):
     """Chooses a support for every target layer → {layer: P}, for `loft.adapt(model, support=…)`.
 
     Args:
@@ -406,19 +379,18 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
             the batches in turn, in about the time of as many training steps, and with it the
             parameters `trainable` (a new head, say; named as in `loft.adapt`); nothing else is.
             Then all is put back.
-        budget: see `within`. pool: of `rescored`. seed: the result is a function of it.
+        budget: see `within`. seed: the result is a function of it.
         passes: over the batches, where a rotated dimension is above `dense`; a path has as many
             parts. The other layers keep a sum of d × d, and take one.
     The model runs frozen and in eval mode, and is left as it was found, as are torch's random
-    states. With bf16, autocast (inside
-    loss_fn), checkpoints, layers called several times; quantised and adapted
-    layers count as the layers that they are now. Layers that no gradient reaches are warned of and
-    left out. ValueError: names the layer or setting that does not fit.
+    states. With bf16, autocast (inside loss_fn), checkpoints, layers called several times;
+    quantised and adapted layers count as the layers that they are now. Layers that no gradient
+    reaches are warned of and left out. ValueError: names the layer or setting that does not fit.
     """
     one_of("kind", kind, KINDS)
     one_of("side", side, SIDES)
     require(passes >= 2, f"passes={passes}: one to find a subspace and one to measure it, at least")
-    require(not lookahead or kind not in OF_WEIGHT, f"{kind} follows from W0: no lookahead")
+    require(not lookahead or kind not in SUPPORTS, f"{kind} follows from W0: no lookahead")
     layers, sketches, supports = target_layers(model, targets), {}, {}
     batches = list(batches) if iter(batches) is batches else batches
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -427,8 +399,8 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
         for n, layer in layers.items():
             with naming(n):
                 r = rank.get(n) if isinstance(rank, dict) else rank
-                sketches[n] = Sketch(kind, layer, side, r, passes, dense, pool)
-        if kind not in OF_WEIGHT:
+                sketches[n] = Sketch(kind, layer, side, r, passes, dense)
+        if kind not in SUPPORTS:
             start = lookahead_support if lookahead else {}
             if isinstance(start, str):
                 start = select(model, batches, loss_fn, rank, start, layers, side=side, dense=dense,
@@ -497,6 +469,30 @@ def align(model, batches, loss_fn, supports, *, side="input", pieces=32):
 
 
 aligned = align                                              # in `select`, align is a switch
+
+
+def narrow(model, batches, loss_fn, rank):
+    """Keeps, of rotations learned at a larger rank, the rank/2 planes that turn furthest, in place.
+
+    A Cayley map turns each plane of its generator Q by 2 atan σ, independent of the others: what is
+    kept stays what it is, and what is dropped turns back to W0. The new supports are aligned, with
+    the gradients where the model is now. Parameters are new: make the optimizer anew, and train on.
+    ValueError: names a layer that is not by the plain Cayley map of rank ≥ `rank`.
+    """
+    wide, Q, supports, new = adapted(model), {}, {}, {}
+    for n, layer in wide.items():
+        R, plain = layer.rotation, dict(method="loft", transform="cayley", scale=False,
+                                        side=layer.side, magnitude=False)
+        fits = layer.settings == plain and rank <= R.r
+        require(fits, f"layer {n!r}: no plain Cayley map of a rank ≥ {rank} to narrow")
+        Q[n] = filled(R.transform.theta.detach()[0, 0], R.r)             # (R.r, R.r)
+        supports[n] = R.P @ planes(Q[n], rank)[0]
+    for n, P in align(model, batches, loss_fn, supports, side=layer.side).items():
+        B, (i, j) = wide[n].rotation.P.mT @ P, torch.triu_indices(rank, rank, 1)
+        new[wide[n]] = kept = wrap(wide[n].base, P, **wide[n].settings)
+        kept.rotation.transform.theta.data[0, 0] = (B.mT @ Q[n] @ B)[i, j]
+    model = replace(model, new)
+    return beside("kernels").fuse(model) if layer.fused else model
 
 
 def scores(model, batches, loss_fn, supports, *, side="input"):

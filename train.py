@@ -12,8 +12,9 @@ pretrained model, trains the adapter (fit), measures it on the new domain and th
 line of runs/NAME/results.jsonl. The adapters, settings.json and table.txt stand beside that.
 
 The supports of loft are those of selectors.py, in the basis that suits Adam; with "-plain", as they
-are spanned. "lookahead" is the skew support of the gradients along a short provisional path, whose
-steps are taken off those of training.
+are spanned. Two begin with steps that are taken off those of training: "lookahead", the skew
+support of the gradients along a short provisional path; and "narrow", which trains at twice the
+rank and half the rate, and goes on with the planes that have turned furthest.
 """
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch does without it
-warnings.filterwarnings("ignore", message="rank")        # odd, or large: it is what a budget buys
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it
+warnings.filterwarnings("ignore", "rank")        # odd, or large: it is what a budget buys
 
 import torch
 from torch import nn
@@ -40,14 +41,13 @@ from lab import tasks
 from loft import selectors
 
 METHODS = ("frozen", *loft.METHODS, "full")
-ALIGNED = (*selectors.KINDS, "lookahead")
-SUPPORTS = (*ALIGNED, *(f"{kind}-plain" for kind in ALIGNED))
-SHOWN = "principal,skew,lookahead"                       # of loft, by default
+ALIGNED = (*selectors.KINDS, "lookahead", "narrow")
+SUPPORTS = (*ALIGNED, *(f"{kind}-plain" for kind in ALIGNED[:-1]))
+SHOWN = "principal,skew,narrow"                       # of loft, by default
 OWN = {"psoft": "principal-plain", "frozen": None, "lora": None, "full": None}     # of others: all
 SIZE = {"oft": "block_size", "boft": "block_size", "hra": "reflections"}         # of others a rank
-RATES = dict.fromkeys(("random", "minor", "coordinate", "oft", "hra", "lora"), 3e-2)
+RATES = dict.fromkeys(("random", "oft", "hra", "lora"), 3e-2)
 RATES["full"] = 3e-3                                     # of other supports and methods 1e-2
-CALIBRATION = 8          # batches that a support is chosen from; a lookahead has one for each step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,7 +79,6 @@ def parse(argv):
         help=f"any of {', '.join(METHODS)}")
     add("--support", type=listed(str, SUPPORTS), default=SHOWN,
         help=f"of loft: any of {', '.join(SUPPORTS)} (default {SHOWN})")
-    add("--lookahead", type=positive, help="steps of its path (default 50, a quarter at most)")
     size = parser.add_mutually_exclusive_group().add_argument
     size("--rank", type=positive, help="of supports and lora, reflections of hra")
     size("--budget", type=positive, help="trainable parameters, of which every method takes as "
@@ -107,8 +106,6 @@ def parse(argv):
     elif (args.out / "results.jsonl").exists():
         parser.error(f"--out: {args.out} holds a run; --resume {args.out} goes on with it")
     args.argv = argv
-    if (args.lookahead or 0) >= args.steps:
-        parser.error(f"--lookahead {args.lookahead} leaves nothing of --steps {args.steps}")
     return args
 
 
@@ -143,7 +140,7 @@ def fit(task, model, steps, lr, seed, label):
             print(f"{label}  step {step}/{steps}  {loss / math.log(2):.3f} bits  {speed:.1f} "
                   f"steps/s  {(steps - step) / speed:.0f} s left ", end="\n" if last else "\r",
                   flush=True)
-        if task.old and (last or step % max(1, steps // 10) == 0):
+        if task.old and (last or step % warm == 0):
             curve.append([step, task.bits(model, "tune", 1), task.kept(model, 1)])
     return statistics.median(ms), curve
 
@@ -178,7 +175,7 @@ def largest(task, method, budget, **options):
     """The largest size with which `method` trains at most `budget` parameters (default: those of
     lora at rank 1), found by trying, on layers of the same shapes. ValueError: there is none."""
     shapes = [loft.shape(layer) for layer in loft.target_layers(task.model).values()]
-    best, why, budget = None, "too many", budget or sum(map(sum, shapes))
+    best, budget = None, budget or sum(map(sum, shapes))
     if loft.METHODS[method]["support"] == "principal":
         options["support"] = "random"                    # as many parameters, and there sooner
     for size in range(1, max(map(max, shapes)) + 1):
@@ -186,14 +183,13 @@ def largest(task, method, budget, **options):
         options[SIZE.get(method, "rank")] = size
         try:
             loft.adapt(layers, method=method, **options)
-        except ValueError as e:                          # there is no such block, or reflections
-            why = e
+        except ValueError:                               # there is no such block, or reflections
             continue
         if trainable(layers) > budget:
             break
         best = size
-    if best is None:
-        raise ValueError(f"no size has at most {budget:,} parameters; --rank or --budget? ({why})")
+    if not best:
+        raise ValueError(f"no size has at most {budget:,} parameters: --rank or --budget")
     return best
 
 
@@ -205,8 +201,8 @@ def make_cell(task, method, support, args):
     """All that a result depends on but rate and seed; support None: the method's own."""
     support = support or OWN.get(method, "all")
     options, size, ahead = args.options if method == "loft" else {}, args.rank, 0
-    if "lookahead" in str(support):
-        ahead = args.lookahead or min(50, args.steps // 4)
+    if support in ("lookahead", "lookahead-plain", "narrow"):
+        ahead = min(50, args.steps // 4)
     if method in ("frozen", "full", "goft") or size and method in ("oft", "boft"):
         size = None
     else:
@@ -219,15 +215,17 @@ def make_cell(task, method, support, args):
 def adapt(model, task, cell):
     """Puts the cell's adapter on the model, in place; returns what choosing its support took."""
     method, support, size, options = (cell[k] for k in ("method", "support", "size", "options"))
-    P, cost = {}, {}
+    ahead, P, cost = cell["lookahead_steps"], {}, {}
+    wide = ahead if support == "narrow" else 0           # steps of training at twice the rank
     if support in SUPPORTS:
+        kind = "skew" if ahead else support.removesuffix("-plain")
         generator = torch.Generator().manual_seed(1000 + cell["seed"])
-        batches = [task.draw(generator) for _ in range(max(CALIBRATION, cell["lookahead_steps"]))]
-        kind = "skew" if cell["lookahead_steps"] else support.removesuffix("-plain")
-        start, _ = time.perf_counter(), peak_mib()
+        batches = [task.draw(generator) for _ in range(max(8, ahead - wide))]
+        peak_mib()
+        start = time.perf_counter()
         P = selectors.select(
-            model, batches, task.loss_fn, size, kind, side=options.get("side", "input"),
-            align=cell["align"], lookahead=cell["lookahead_steps"], seed=cell["seed"],
+            model, batches, task.loss_fn, 2 * size if wide else size, kind, align=cell["align"],
+            side=options.get("side", "input"), seed=cell["seed"], lookahead=ahead - wide,
             trainable=r"^head\." if task.head else ())
         cost = dict(select_s=time.perf_counter() - start, select_mib=peak_mib())
     if method in loft.METHODS:
@@ -242,6 +240,9 @@ def adapt(model, task, cell):
         model.requires_grad_(method == "full")
     if task.head:
         model.head.requires_grad_(True)
+    if wide:
+        fit(task, model, wide, cell["lr"] / 2, 500 + cell["seed"], "wide")
+        selectors.narrow(model, batches, task.loss_fn, size)
     return cost
 
 

@@ -28,9 +28,10 @@ from lab.tasks import TASKS
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead")
+LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead", "narrow")
         for basis in ("", "-plain")]
-BEST = [("psoft", None), ("lora", None), ("loft", "principal"), ("loft", "lookahead")]
+BEST = [("psoft", None), ("lora", None), ("loft", "principal"), ("loft", "lookahead"),
+        ("loft", "narrow")]
 ROWS = {  # (method, support; None: its own), budgets as multiples of lora's least, steps, options
     "main": (BEST[:2] + LOFT, (1,), 200, {}),
     "peers": ([(method, None) for method in ("frozen", "oft", "boft", "goft", "hra", "full")],
