@@ -28,12 +28,11 @@ from lab.tasks import TASKS
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead", "narrow")
+LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead")
         for basis in ("", "-plain")]
-BEST = [("psoft", None), ("lora", None), ("loft", "principal"), ("loft", "lookahead"),
-        ("loft", "narrow")]
+BEST = [("psoft", None), ("lora", None), ("loft", "principal"), ("loft", "narrow")]
 ROWS = {  # (method, support; None: its own), budgets as multiples of lora's least, steps, options
-    "main": (BEST[:2] + LOFT, (1,), 200, {}),
+    "main": (BEST[:2] + BEST[3:] + LOFT, (1,), 200, {}),
     "peers": ([(method, None) for method in ("frozen", "oft", "boft", "goft", "hra", "full")],
               (1,), 200, {}),
     # lora whose A begins in the gradient's singular vectors (as in LoRA-GA), in the inputs' (EVA)
@@ -169,7 +168,7 @@ def main(argv=None):
     add("--rows", type=train.listed(str, ROWS), default=list(ROWS))
     add("--seeds", type=train.positive, default=3)
     add("--report", action="store_true")
-    add("--against", default="loft lookahead", help="a row, as tables name it")
+    add("--against", default="loft narrow", help="a row, as tables name it")
     add("--plot", action="store_true")
     study, rest = parser.parse_known_args(argv)
     if not study.report:
