@@ -14,7 +14,7 @@ line of runs/NAME/results.jsonl. The adapters, settings.json and table.txt stand
 The supports of loft are those of selectors.py, in the basis that suits Adam; with "-plain", as they
 are spanned. Two begin with steps that are taken off those of training: "lookahead", the skew
 support of the gradients along a short provisional path; and "narrow", which trains at twice the
-rank and half the rate, and goes on with the planes that have turned furthest.
+rank (rate 5e-3), and goes on with the planes that have turned furthest.
 """
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def adapt(model, task, cell):
     if task.head:
         model.head.requires_grad_(True)
     if wide:
-        fit(task, model, wide, cell["lr"] / 2, 500 + cell["seed"], "wide")
+        fit(task, model, wide, 5e-3, 500 + cell["seed"], "wide")
         selectors.narrow(model, batches, task.loss_fn, size)
     return cost
 
