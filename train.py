@@ -112,18 +112,20 @@ def parse(argv):
 # --------------------------------------------------------------------------------------------------
 # Fit: the loop, and what comes before it
 
-def fit(task, model, steps, lr, seed, label):
-    """Trains what requires grad by Adam: warm-up over a tenth of the steps, cosine decay to 0.
+def fit(task, model, steps, lr, seed, label, whole=0):
+    """Trains what requires grad by Adam: warm-up over a tenth of the steps, cosine decay to 0, or
+    the first steps of such a schedule of `whole`.
 
     Returns the median milliseconds of a step, and [step, bits on tune, bits on the old domain] of
     every tenth, where there is one. FloatingPointError: names the step and the layer.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(trained.values(), lr, betas=(0.9, 0.99))
-    generator, warm, ms, curve = torch.Generator().manual_seed(seed), max(1, steps // 10), [], []
+    generator, ms, curve, whole = torch.Generator().manual_seed(seed), [], [], whole or steps
+    warm = max(1, whole // 10)
     for step in range(1, steps + 1):
         start = time.perf_counter()
-        decay = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        decay = (1 + math.cos(math.pi * (step - 1) / whole)) / 2
         optimizer.param_groups[0]["lr"] = lr * min(step / warm, decay)
         model.train()
         loss = task.loss_fn(model, task.draw(generator))
@@ -214,18 +216,19 @@ def make_cell(task, method, support, args):
 
 def adapt(model, task, cell):
     """Puts the cell's adapter on the model, in place; returns what choosing its support took."""
-    method, support, size, options = (cell[k] for k in ("method", "support", "size", "options"))
-    ahead, P, cost = cell["lookahead_steps"], {}, {}
+    method, support, size, options, ahead, seed = (cell[k] for k in (
+        "method", "support", "size", "options", "lookahead_steps", "seed"))
+    P, cost = {}, {}
     wide = ahead if support == "narrow" else 0           # steps of training at twice the rank
     if support in SUPPORTS:
         kind = "skew" if ahead else support.removesuffix("-plain")
-        generator = torch.Generator().manual_seed(1000 + cell["seed"])
+        generator = torch.Generator().manual_seed(1000 + seed)
         batches = [task.draw(generator) for _ in range(max(8, ahead - wide))]
         peak_mib()
         start = time.perf_counter()
         P = selectors.select(
             model, batches, task.loss_fn, 2 * size if wide else size, kind, align=cell["align"],
-            side=options.get("side", "input"), seed=cell["seed"], lookahead=ahead - wide,
+            side=options.get("side", "input"), seed=seed, lookahead=ahead - wide,
             trainable=r"^head\." if task.head else ())
         cost = dict(select_s=time.perf_counter() - start, select_mib=peak_mib())
     if method in loft.METHODS:
@@ -233,7 +236,7 @@ def adapt(model, task, cell):
             options = options | {"support": P}
         elif size:
             options = options | {SIZE.get(method, "rank"): size}
-        loft.adapt(model, method=method, seed=cell["seed"], backend="fused", **options)
+        loft.adapt(model, method=method, seed=seed, backend="fused", **options)
         for name in P if method == "lora" else ():       # a support is where its A begins
             model.get_submodule(name).rotation.A.data.copy_(P[name].mT)
     else:
@@ -241,7 +244,7 @@ def adapt(model, task, cell):
     if task.head:
         model.head.requires_grad_(True)
     if wide:
-        fit(task, model, wide, 5e-3, 500 + cell["seed"], "wide")
+        fit(task, model, wide, 5e-3, 500 + seed, "wide", cell["steps"])
         selectors.narrow(model, batches, task.loss_fn, size)
     return cost
 
