@@ -457,8 +457,11 @@ def test_loft_alone(tmp_path):
     python(tmp_path, "-c", """
 import loft, torch
 layer = loft.adapt(torch.nn.Linear(8, 8), support="random", rank=4)
+torch.nn.init.normal_(layer.rotation.transform.theta)
 loft.save(layer, "a.pt")
-loft.merge(loft.load(torch.nn.Linear(8, 8), "a.pt"))
+again = loft.load(torch.nn.Linear(8, 8), "a.pt")
+assert torch.equal(again.rotation.difference(), layer.rotation.difference())
+loft.merge(again)
 """)
 
 
