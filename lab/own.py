@@ -16,14 +16,17 @@
 Everything else belongs to trl's SFTConfig, which holds transformers' TrainingArguments, and means
 what it means there: bf16, gradient_accumulation_steps, gradient_checkpointing, max_grad_norm,
 lr_scheduler_type, packing, max_length (longer examples are cut), eval_strategy, save_steps,
-load_best_model_at_end, … Only FSDP is refused.
+load_best_model_at_end, …
 --model_init_kwargs is JSON for from_pretrained: '{"quantization_config": {"load_in_4bit": true}}'.
+A model that does not fit one device is read in shards, by FSDP2: under torchrun, with
+'{"distributed_config": {"fsdp_size": 4}}'; its adapter is whole on every rank, and is merged by
+one process that has room: the same command with --resume --export, without this setting.
 
 The columns say what is learned:
 
     messages             every answer of the assistant, given all that precedes it in the chat
                          (or, with --assistant_only_loss, all at once: see trl on templates)
-    prompt, completion   the completion: two texts, or two lists of messages
+    prompt, completion   the completion (or response): two texts, or two lists of messages
     text, label          a classifier, by transformers' Trainer; its head trains too, and texts
                          are cut at the tokenizer's own limit
     text                 every token; a .txt file is read paragraph by paragraph
@@ -31,8 +34,6 @@ The columns say what is learned:
 Checkpoints hold the adapter and the trainer's state, not the model; OUT/adapter.pt is what
 loft.load takes.
 """
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -101,10 +102,14 @@ def read(path):
         else:
             more = {"sample_by": "paragraph"} if suffix == ".txt" else {}
             data = datasets.load_dataset(READERS[suffix], data_files=path, split="train", **more)
-        data = data.rename_columns({name: name.strip() for name in data.column_names})
-        columns = [kind.split(" and ") for kind in COLUMNS]
-        columns = next((kind for kind in columns if {*kind} <= {*data.column_names}), None)
-        if not columns:
+        # response: another name of completion
+        data = data.rename_columns({name: name.strip().replace("response", "completion")
+                                    for name in data.column_names})
+        for kind in COLUMNS:
+            columns = kind.split(" and ")
+            if {*columns} <= {*data.column_names}:
+                break
+        else:
             raise ValueError(f"it has {data.column_names}; wanted are {', or '.join(COLUMNS)}")
         for column in columns:
             for number, value in enumerate(data[column], 1):
@@ -152,23 +157,21 @@ def classifier(name, options, tokenizer, parts):
     Labels are the names in the model's own configuration, or the numbers; failing that, new names.
     """
     config = transformers.AutoConfig.from_pretrained(name)
-    labels = sorted({label for part in parts for label in part["label"]})
-    new = {str(label): i for i, label in enumerate(labels)}
-    place = {own: i for i, own in config.id2label.items()}
+    labels = {label for part in parts for label in part["label"]}
+    new = {str(label): i for i, label in enumerate(sorted(labels))}
+    place = {str(i): i for i in config.id2label}
+    place |= {label: i for i, label in config.id2label.items()}
     if not new.keys() <= place.keys():
-        place = {str(i): i for i in config.id2label}
-    if not new.keys() <= place.keys():
-        place = new
-        config.label2id, config.id2label = place, dict(enumerate(place))
+        place = config.label2id = new
+        config.id2label = dict(enumerate(new))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         name, config=config, ignore_mismatched_sizes=True, **options)
 
     def encode(batch):
-        coded = tokenizer(batch["text"], truncation=True)
-        coded["labels"] = [place[str(label)] for label in batch["label"]]
-        return coded
+        labels = [place[str(label)] for label in batch["label"]]
+        return tokenizer(batch["text"], truncation=True) | {"labels": labels}
 
     return model, [part.map(encode, batched=True, remove_columns=part.column_names)
                    for part in parts]
@@ -189,9 +192,13 @@ def build(settings, args):
             parts = map(answers, parts)
     # what Trainer asks of a quantised model: that it has adapters
     model._hf_peft_config_loaded = hasattr(model, "is_quantized")
-    if settings.export and model._hf_peft_config_loaded:
-        raise ValueError("--export: a quantised model cannot be merged")
-    return kind(model, args, None, *parts, tokenizer), head  # None: with the collator of its own
+    if settings.export and (model._hf_peft_config_loaded or "distributed_config" in options):
+        raise ValueError("--export: a quantised model cannot be merged, nor one in shards")
+    # Trainer would not save the optimizer of a model in shards; that of an adapter is whole
+    only, args.save_only_model = args.save_only_model, True
+    trainer = kind(model, args, None, *parts, tokenizer)  # None: with the collator of its own
+    args.save_only_model = only
+    return trainer, head
 
 
 def adapt(trainer, settings, head):
@@ -225,15 +232,14 @@ def main(argv=None):
     with one_line(f"--model {settings.model} --data {settings.data}"):
         trainer, head = build(settings, args)
         if trainer.is_fsdp_enabled:
-            raise ValueError("an adapter in shards (FSDP) cannot be saved; DDP works, by torchrun")
+            raise ValueError("FSDP is asked for in --model_init_kwargs: see lab/own.py")
         # the trainer's state is written last: a checkpoint that has it is whole
         states = Path(settings.out).glob("checkpoint-*/trainer_state.json")
-        newest = max(states, key=os.path.getmtime, default=None) if settings.resume else None
+        newest = settings.resume and max(states, key=os.path.getmtime, default=None)
         if not newest:  # else the trainer loads its adapter
             adapt(trainer, settings, head)
     trainer.train(resume_from_checkpoint=newest and newest.parent)
-    trainer.evaluate()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    before, after = trainer.state.log_history[0]["eval_loss"], trainer.evaluate()["eval_loss"]
     if args.should_save:
         model = trainer.model
         loft.save(model, f"{settings.out}/adapter.pt")
@@ -241,7 +247,7 @@ def main(argv=None):
         memory = (torch.cuda.max_memory_allocated()
                   or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         print("trainable  loss before   after  orth. error  seconds  peak MiB\n"
-              f"{model.num_parameters(only_trainable=True):9,}{losses[0]:13.4f}{losses[-1]:8.4f}"
+              f"{model.num_parameters(only_trainable=True):9,}{before:13.4f}{after:8.4f}"
               f"{error:13.0e}{time.time() - start:9.0f}{memory / 2 ** 20:10.0f}")
         if settings.export:
             loft.merge(model).save_pretrained(settings.export)

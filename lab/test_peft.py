@@ -30,7 +30,7 @@ def folder(path, kind, options):
     ("OFT", dict(oft_block_size=8, block_share=True, coft=True, eps=0.1, use_cayley_neumann=False)),
     ("BOFT", dict(boft_block_size=4)), ("HRA", dict(r=4)),
     ("Psoft", dict(r=6, psoft_mag_a=False, use_cayley_neumann=True)),
-    ("Lora", dict(r=4, use_rslora=True, init_lora_weights="orthogonal"))])
+    ("Lora", dict(r=4, use_rslora=True))])
 def test_from_peft_and_back(kind, options, tmp_path):
     """The same outputs, and the same layers: a list of names would mean suffixes to peft."""
     x = torch.randn(5, 16)
@@ -45,6 +45,7 @@ def test_from_peft_and_back(kind, options, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (dict(peft_type="VERA"), "peft's VERA"), (dict(novelty=2), "peft's OFT with novelty=2 has no"),
+    (dict(psoft_orth=False), "psoft_orth=False"),
     (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     (dict(peft_version=None), "before 0.18")])
 def test_from_peft_refuses_by_name(change, words, tmp_path):
