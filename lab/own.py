@@ -18,8 +18,8 @@ what it means there: bf16, gradient_accumulation_steps, gradient_checkpointing, 
 lr_scheduler_type, packing, max_length (longer examples are cut), eval_strategy, save_steps,
 load_best_model_at_end, …
 --model_init_kwargs is JSON for from_pretrained: '{"quantization_config": {"load_in_4bit": true}}'.
-A model that does not fit one device is read in shards, by FSDP2: under torchrun, with
-'{"distributed_config": {"fsdp_size": 4}}'; its adapter is whole on every rank, and is merged by
+A causal model that does not fit one device is read in shards, by FSDP2: under torchrun, with
+'{"distributed_config": {"fsdp_size": 4}}'. Its adapter is whole on every rank, and is merged by
 one process that has room: the same command with --resume --export, without this setting.
 
 The columns say what is learned:
@@ -192,8 +192,9 @@ def build(settings, args):
             parts = map(answers, parts)
     # what Trainer asks of a quantised model: that it has adapters
     model._hf_peft_config_loaded = hasattr(model, "is_quantized")
-    if settings.export and (model._hf_peft_config_loaded or "distributed_config" in options):
-        raise ValueError("--export: a quantised model cannot be merged, nor one in shards")
+    if settings.export and model._hf_peft_config_loaded or "distributed_config" in options and (
+            settings.export or head):
+        raise ValueError("a quantised model cannot be merged; nor one in shards, or train a head")
     # Trainer would not save the optimizer of a model in shards; that of an adapter is whole
     only, args.save_only_model = args.save_only_model, True
     trainer = kind(model, args, None, *parts, tokenizer)  # None: with the collator of its own

@@ -147,11 +147,14 @@ def test_killed_and_resumed_is_uninterrupted():
     assert not Path("killed/checkpoint-2").exists()    # it went on, not once more from the start
 
 
-def test_two_processes_give_the_result_of_one():
+@pytest.mark.parametrize("base", [                     # whole, in shards
+    "", '--model_init_kwargs {"distributed_config":{"fsdp_size":2}}'])
+def test_two_processes_give_the_result_of_one(base):
     subprocess.check_call(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
          train.__file__,
-         *command("llama", "chats.jsonl", "two", "--per_device_train_batch_size 2")], timeout=120)
+         *command("llama", "chats.jsonl", "two", f"{base} --per_device_train_batch_size 2")],
+        timeout=120)
     run("llama", "chats.jsonl", "one")
     torch.testing.assert_close(learned("one"), learned("two"), atol=1e-2, rtol=0)
 
