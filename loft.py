@@ -14,12 +14,12 @@ of the size of a weight is ever formed:
 Known methods are choices of P and T (d: the rotated dimension, b: a block, m: stages):
 
     method  support P                   transform T                    parameters     below
-    loft    chosen from the new task    any, Cayley by default         r(r−1)/2       Skew
+    loft    from the new task; psoft's  any, Cayley by default         r(r−1)/2       Skew
     psoft   top singular vectors of W0  Cayley, two scaling vectors    r(r−1)/2 + 2r  Rotation
     oft     all coordinates             Cayley, block by block         d(b−1)/2       Skew
     boft    all coordinates             m butterfly stages of blocks   m d(b−1)/2     Skew
     goft    all coordinates             a tree of plane rotations      d − 1          Givens
-    hra     span of learned u_1 … u_k   k reflections                  k d            Householder
+    hra     all coordinates             k learned reflections          k d            Householder
     lora    none: W0 + B A, no rotation, for comparison                r(in + out)    LoRA
 
     loft.adapt(model, rank=32)               # in place: the base is frozen, rotations train
@@ -50,7 +50,7 @@ import torch
 from torch import nn
 
 # Makes this file a package: `from loft import selectors` is the file beside it, never Python's own.
-__path__ = [os.path.dirname(os.path.abspath(__file__))]
+__path__ = [str(Path(__file__).parent.absolute())]
 
 SIDES = ("input", "output")
 
@@ -86,7 +86,7 @@ def expm(Q):
 def cayley_neumann(Q, terms=5):
     """T − I for T ≈ (I + Q)(I + Q + … + Q^(terms−2)) (OFTv2, arXiv 2506.19847): no solve.
 
-    Orthogonal only up to ‖TᵀT − I‖ = O(‖Q‖^(terms−1)), for ‖Q‖ < 1.
+    Orthogonal only up to ‖TᵀT − I‖ = O(‖Q‖^(terms−1)), for ‖Q‖ < 1. terms=2: I + 2Q.
     """
     D = Q if terms > 2 else 2 * Q
     for _ in range(terms - 2):                           # terms = 5:  2Q + 2Q² + 2Q³ + Q⁴
@@ -149,7 +149,8 @@ class Rotation(Adapter):
         self.orthogonal = self.transform.orthogonal and not scale        # by construction
 
     def forward(self, x, bias=None):
-        """x Rᵀ = x + x P (T − I)ᵀ Pᵀ; around a bias b (d,), (x − b) Rᵀ + b. Autograd keeps x P."""
+        """x Rᵀ = x + x P (T − I)ᵀ Pᵀ; around a bias b (d,), (x − b) Rᵀ + b. Autograd keeps x P,
+        and x where P is I."""
         u = x if bias is None else x - bias.to(x.dtype)
         if self.P is None:
             return x + self.in_support(u)
@@ -181,7 +182,7 @@ class Rotation(Adapter):
 
 
 class LOFTLinear(nn.Module):
-    """A frozen linear layer, rotated: y = base(x Rᵀ) on the input side, base(x) Rᵀ on the output.
+    """A frozen linear layer, rotated: y = base(x Rᵀ), or on the output side (base(x) − b) Rᵀ + b.
 
     `base` is any module that is affine in its rows and has in_features and out_features, or is
     transformers' Conv1D; quantised ones are rotated on their activations. `weight` reads as the
@@ -210,7 +211,7 @@ class LOFTLinear(nn.Module):
 
     @property
     def weight(self):
-        """The rotated weight in W0's dtype and layout, differentiable."""
+        """The rotated weight in W0's dtype and layout, differentiable; W0, if quantised or off."""
         if not (self.enabled and floating(self.base)):
             return self.base.weight
         W = self.rotation.rotate(matrix(self.base), self.side)           # W0 R or R W0
@@ -257,7 +258,7 @@ class Skew(Transform):
     One block of size r: `cayley`, `expm`, `cayley_neumann`. One stage of r/b blocks: `block` (OFT,
     arXiv 2306.07280, eq. 2). m stages, of which stage s joins half-blocks that lie 2^s half-blocks
     apart: `butterfly` (BOFT, arXiv 2311.06243, eq. 4).
-    Options: block_size b, a divisor of r (default: r, or its greatest common divisor with `most`);
+    Options: block_size b, of which b·2^(m−1) divides r (default: the largest, up to `most`);
     stages m; map, a name in `MAPS`; terms of the series; bound of each ‖Q‖_F (COFT's ε, OFTv2's
     norm bound); share one Q between a stage's blocks. theta: (m, r/b or 1, b(b−1)/2), zero.
     """
@@ -265,11 +266,10 @@ class Skew(Transform):
     def __init__(self, r, block_size=None, stages=1, map="cayley", terms=5, bound=None, share=False,
                  most=None):
         halves = 2 ** (stages - 1)
-        common = max(1, math.gcd(r, (most or r) * halves) // halves)
-        b = block_size or common
+        b = block_size or max(1, math.gcd(r, (most or r) * halves) // halves)
         one_of("map", map, MAPS)
         require(r % (b * halves) == 0 and (b % 2 == 0 or stages == 1), f"block_size={b}, stages="
-                f"{stages}: b·2^(m−1) has to divide {r}, b to be even for m > 1; try {common}")
+                f"{stages}: b·2^(m−1) has to divide {r}, b to be even for m > 1")
         require(terms >= 2 and (bound is None or bound > 0), f"terms={terms} must be 2 (I + 2Q) or "
                 f"more, bound={bound} positive or None")
         super().__init__(torch.zeros(stages, 1 if share else r // b, b * (b - 1) // 2))
@@ -354,14 +354,14 @@ class Householder(Transform):
         super().__init__(torch.randn(r, reflections // 2).repeat_interleave(2, dim=1))
 
     def compute(self, u):
-        """V (…, r, k) and S⁻¹ (…, k, k)."""
+        """V, in pairs (…, r, k), and its S⁻¹ (…, k, k)."""
         V = nn.functional.normalize(u, dim=-2)
         V[..., 1::2] -= V[..., 0::2]                     # (a, b) → (a, b − a)
         pair = torch.arange(V.shape[-1], device=u.device) // 2
         pair = (pair[:, None] == pair).to(V.dtype)
         G = V.mT @ V                                     # S = upper G + ½ diag G + ½ [[0,1],[−1,0]]
-        S = G.triu() + G.triu(1) + pair.triu(1) - pair.tril(-1)
-        return V, 2 * torch.linalg.inv(S)
+        twice_S = G.triu() + G.triu(1) + pair.triu(1) - pair.tril(-1)
+        return V, 2 * torch.linalg.inv(twice_S)
 
     def act(self, z, V, K):
         return -((z @ V) @ K.mT) @ V.mT
@@ -465,7 +465,7 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
         targets: a regex searched in layer names, a list of names or parts of them, or a callable
             (name, module) → bool. Default: a support dict's keys, else all but output heads.
         method: a name in `METHODS`: defaults of support, transform and options.
-        rank: r (or lora's), default 32; a smaller layer takes its dimension, with a warning.
+        rank: default 32, cut to a smaller layer's dimension (with a warning if given); lora's 8.
         support: "principal", "random", "all" (coordinates), a tensor P (d, r), or {layer: P}, as
             `selectors.select` chooses it from data.
         options: transform, a name in `TRANSFORMS`, and its own (block_size, bound, …); scale.
@@ -479,6 +479,7 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     one_of("side", side, SIDES)
     one_of("backend", backend, ("eager", "fused"))
     require(not layers(model), "the model is adapted already: loft.merge it first")
+    kernels = backend == "fused" and beside("kernels")
     config = METHODS[method] | options
     default = config.pop("support")
     support = default if support is None else support
@@ -510,7 +511,7 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     for n in keep:
         parameters[n].requires_grad_(True)
     model = replace(model, new)
-    return beside("kernels").fuse(model) if backend == "fused" else model
+    return kernels.fuse(model) if kernels else model
 
 
 def own_support(base, side, name, r):
@@ -539,7 +540,7 @@ def wrap(base, P, *, method, side, magnitude, **config):
         kind, adapter = LoRALinear, LoRA(*shape(base), **config)
     else:
         kind, adapter = LOFTLinear, Rotation(shape(base)[SIDES.index(side)], P, **config)
-    require(next(adapter.parameters()).numel(), f"rank {adapter.r} leaves nothing to train: take 2")
+    require(next(adapter.parameters()).numel(), f"rank {adapter.r} leaves nothing to train")
     return kind(base, adapter.to(tensors[0].device), side, method, magnitude)
 
 
@@ -736,7 +737,7 @@ def attach(model, found):
         model.requires_grad_(False)
         model = replace(model, {there[n]: layer for n, layer in new.items()})
     with torch.no_grad():
-        for n, value in state.items():                   # in place: an optimizer may hold them
+        for n, value in state.items():                   # in place, for optimizers that hold them
             own[n].copy_(value).requires_grad_(True)
     return model
 
