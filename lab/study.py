@@ -32,7 +32,7 @@ LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "look
         for basis in ("", "-plain")]
 BEST = [("psoft", None), ("lora", None), ("loft", "principal"), ("loft", "narrow")]
 ROWS = {  # (method, support; None: its own), budgets as multiples of lora's least, steps, options
-    "main": (BEST[:2] + BEST[3:] + LOFT, (1,), 200, {}),
+    "main": (BEST + LOFT[1:], (1,), 200, {}),
     "peers": ([(method, None) for method in ("frozen", "oft", "boft", "goft", "hra", "full")],
               (1,), 200, {}),
     # lora whose A begins in the gradient's singular vectors (as in LoRA-GA), in the inputs' (EVA)
