@@ -487,9 +487,11 @@ def narrow(model, batches, loss_fn, rank):
         require(fits, f"layer {n!r}: no plain Cayley map of a rank ≥ {rank} to narrow")
         Q[n] = filled(R.transform.theta.detach()[0, 0], R.r)             # (R.r, R.r)
         supports[n] = R.P @ planes(Q[n], rank)[0]
+    i, j = torch.triu_indices(rank, rank, 1)
     for n, P in align(model, batches, loss_fn, supports, side=layer.side).items():
-        B, (i, j) = wide[n].rotation.P.mT @ P, torch.triu_indices(rank, rank, 1)
-        new[wide[n]] = kept = wrap(wide[n].base, P, **wide[n].settings)
+        layer = wide[n]
+        B = layer.rotation.P.mT @ P                                      # (R.r, rank)
+        new[layer] = kept = wrap(layer.base, P, **layer.settings)
         kept.rotation.transform.theta.data[0, 0] = (B.mT @ Q[n] @ B)[i, j]
     model = replace(model, new)
     return beside("kernels").fuse(model) if layer.fused else model

@@ -30,8 +30,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it
-warnings.filterwarnings("ignore", "rank")        # odd, or large: it is what a budget buys
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")          # torch does without it
+warnings.filterwarnings("ignore", "rank")                # odd, or large: it is what a budget buys
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ from loft import selectors
 METHODS = ("frozen", *loft.METHODS, "full")
 ALIGNED = (*selectors.KINDS, "lookahead", "narrow")
 SUPPORTS = (*ALIGNED, *(f"{kind}-plain" for kind in ALIGNED[:-1]))
-SHOWN = "principal,skew,narrow"                       # of loft, by default
+SHOWN = "principal,skew,narrow"                          # of loft, by default
 OWN = {"psoft": "principal-plain", "frozen": None, "lora": None, "full": None}     # of others: all
 SIZE = {"oft": "block_size", "boft": "block_size", "hra": "reflections"}         # of others a rank
 RATES = dict.fromkeys(("random", "oft", "hra", "lora"), 3e-2)
