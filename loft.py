@@ -48,6 +48,7 @@ if __name__ == "__main__":                               # torch does without it
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 # Makes this file a package: `from loft import selectors` is the file beside it, never Python's own.
 __path__ = [str(Path(__file__).parent.absolute())]
@@ -200,7 +201,8 @@ class LOFTLinear(nn.Module):
 
     def forward(self, input):
         if not self.enabled:
-            return self.base(input)
+            # what autograd saves of this 1 tells a checkpoint that would recompute it otherwise
+            return self.base(input * input.new_ones(()))
         y = self.rotated(input)
         return y if self.magnitude is None else self.magnitude(y, self.bias)
 
@@ -211,10 +213,16 @@ class LOFTLinear(nn.Module):
 
     @property
     def weight(self):
-        """The rotated weight in W0's dtype and layout, differentiable; W0, if quantised or off."""
+        """The rotated weight, differentiable; W0, if quantised or off."""
         if not (self.enabled and floating(self.base)):
             return self.base.weight
-        W = self.rotation.rotate(matrix(self.base), self.side)           # W0 R or R W0
+        weight = torch.empty(0).as_subclass(RotatedWeight)
+        weight.layer = self
+        return self.compute_weight() if torch.compiler.is_compiling() else weight
+
+    def compute_weight(self):
+        """W0 R or R W0, with magnitudes, in W0's dtype and layout."""
+        W = self.rotation.rotate(matrix(self.base), self.side)
         if self.magnitude is not None:
             W = W + self.magnitude.m[:, None] * W                        # diag(1 + m) W
         return (W.mT if hasattr(self, "nf") else W).to(self.base.weight.dtype)
@@ -227,6 +235,23 @@ class LOFTLinear(nn.Module):
         """All that `wrap` needs to build this layer again, but P."""
         return dict(self.rotation.config, method=self.method, side=self.side,
                     magnitude=self.magnitude is not None)
+
+
+class RotatedWeight(torch.Tensor):
+    """`LOFTLinear.weight`: computed where it is used, and not where its dtype is asked for.
+
+    nn.TransformerEncoder and transformers' T5 read weights of layers at every call.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in OF_W0:
+            return function(args[0].layer.base.weight)
+        args, kwargs = tree_map_only(cls, lambda w: w.layer.compute_weight(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+OF_W0 = [getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,7 +322,7 @@ class Skew(Transform):
         if self.b == z.shape[-1]:
             return z @ D[0].mT
         rows = z.unflatten(-1, (-1, self.b))             # (…, r/b, b)
-        return torch.einsum("...kb,kcb->...kc", rows, D.expand(rows.shape[-2], -1, -1)).flatten(-2)
+        return torch.einsum("...kb,kcb->...kc", rows, D).flatten(-2)
 
 
 class Givens(Transform):
@@ -487,10 +512,9 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
         config["rank"] = rank or 8
     require(rank is None or isinstance(support, str | None),
             f"rank={rank}, but a support given as tensors has its own: leave it out")
-    if isinstance(support, dict) and targets is None:
-        targets = lambda name, module: name in support
-    found = target_layers(model, targets)
-    supports = support if isinstance(support, dict) else dict.fromkeys(found, support)
+    by_layer = isinstance(support, dict)
+    found = target_layers(model, support if by_layer and targets is None else targets)
+    supports = support if by_layer else dict.fromkeys(found, support)
     require(found.keys() == supports.keys(), f"supports of {list(supports)}, not {list(found)}")
     parameters = plain_parameters(model)
     keep = matches("trainable", trainable or [], parameters)
@@ -507,11 +531,23 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     small = [n for n, base in found.items() if rank and new[base].rotation.r < rank]
     if small:
         warnings.warn(f"rank={rank} exceeds the dimension, which is taken, of {', '.join(small)}")
+    warn_of_frozen(parameters, keep, found)
     model.requires_grad_(False)                          # from here on nothing fails
     for n in keep:
         parameters[n].requires_grad_(True)
     model = replace(model, new)
     return kernels.fuse(model) if kernels else model
+
+
+def warn_of_frozen(parameters, trained, adapted):
+    """Says once what one may have meant to train: new heads, experts kept in three dimensions."""
+    new = HEADS - {"lm_head"}
+    left = [n for n, p in parameters.items() if (p.ndim == 3 or new & {*n.split(".")})
+            and n not in trained and n.rpartition(".")[0] not in adapted]
+    if left:
+        part, all = (sum(parameters[n].numel() for n in names) for names in (left, parameters))
+        warnings.warn(f"frozen, and not adapted: {part / all:.0%} of the parameters, in "
+                      f"{', '.join(left)}; trainable= names what is to train")
 
 
 def own_support(base, side, name, r):
@@ -523,10 +559,13 @@ def own_support(base, side, name, r):
     require(name in SUPPORTS, f"support={name!r} is none of principal, random, all, a tensor, a "
             "dict of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
             "adapt(model, support=P)")
-    require(floating(base), f"its weight cannot be read; support={name!r} needs it: give a tensor")
     r = 32 if r is None else r
     require(r >= 1, f"rank={r} must be an int ≥ 1")
-    W = matrix(base) if side == "input" else matrix(base).mT             # (…, d)
+    readable = floating(base)
+    require(readable or name == "random", f"support={name!r} is of the weight, which cannot be read"
+            ": give a tensor, or 'random'")
+    W = matrix(base) if readable else torch.empty(1).expand(shape(base)[::-1])
+    W = W if side == "input" else W.mT                   # (…, d)
     return SUPPORTS[name](W, min(r, W.shape[1]))
 
 
@@ -570,6 +609,8 @@ def target_layers(model, targets=None):
                  and not heads & {id(m), id(getattr(m, "weight", m))}]
     elif callable(targets):
         names = [n for n, m in linear.items() if targets(n, m)]
+    elif isinstance(targets, dict):
+        names = [n for n in linear if n in targets]
     else:
         names = matches("targets", targets, linear)
     require(names, f"no layer to adapt among the linear ones, {', '.join(linear)}: name targets")
@@ -629,7 +670,7 @@ def rotated_weights(model):
         own = floating(layer.base) and "weight" in layer.base._parameters
         require(own, f"layer {n!r}: no floating weight of its "
                 f"own to merge into: a {type(layer.base).__name__}, quantised or computed anew")
-        weights[layer] = W = layer.weight
+        weights[layer] = W = layer.compute_weight()
         require(W.isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
     return weights
 
@@ -662,12 +703,12 @@ def check(model, batch, loss_fn):
     """
     wrong, errors, loss = {}, orthogonality_error(model), loss_fn(model, batch)
     for n, layer in layers(model).items():
-        theta, g = next(layer.rotation.parameters()), None
-        if theta.requires_grad and loss.requires_grad:
-            g, = torch.autograd.grad(loss, theta, retain_graph=True, allow_unused=True)
-        if g is None:
+        grads, learned = [None], [p for p in layer.parameters() if p.requires_grad]
+        if learned and loss.requires_grad:
+            grads = torch.autograd.grad(loss, learned, retain_graph=True, allow_unused=True)
+        if any(g is None for g in grads):
             wrong[n] = "no gradient reaches it: bypassed, frozen, or not used for this batch"
-        elif not g.isfinite().all():
+        elif not all(g.isfinite().all() for g in grads):
             wrong[n] = "its gradient is not finite"
         elif layer.rotation.orthogonal and not errors[n] <= 1e-5:
             wrong[n] = f"|RᵀR − I| = {errors[n]:.0e}"
@@ -803,8 +844,10 @@ def adapted(model):
 
 
 def floating(module):
+    """Whether its weight can be computed with: no quantised, 8-bit, sharded or foreign tensor."""
     weight = getattr(module, "weight", None)
-    return torch.is_tensor(weight) and weight.is_floating_point()
+    plain = type(weight) in (torch.Tensor, nn.Parameter, RotatedWeight)
+    return plain and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def shape(module):

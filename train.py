@@ -30,8 +30,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")          # torch does without it
-warnings.filterwarnings("ignore", "rank")                # odd, or large: it is what a budget buys
+warnings.filterwarnings("ignore", "Failed to initialize NumPy|rank|frozen")
+# torch does without it; a rank that is odd, or large, is what a budget buys; a head trains later
 
 import torch
 from torch import nn
