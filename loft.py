@@ -216,9 +216,11 @@ class LOFTLinear(nn.Module):
         """The rotated weight, differentiable; W0, if quantised or off."""
         if not (self.enabled and floating(self.base)):
             return self.base.weight
-        weight = torch.empty(0).as_subclass(RotatedWeight)
+        if torch.compiler.is_compiling():
+            return self.compute_weight()
+        weight = RotatedWeight()
         weight.layer = self
-        return self.compute_weight() if torch.compiler.is_compiling() else weight
+        return weight
 
     def compute_weight(self):
         """W0 R or R W0, with magnitudes, in W0's dtype and layout."""
@@ -654,7 +656,11 @@ def merged(model):
 
 @contextlib.contextmanager
 def disabled(model):
-    """`with loft.disabled(model):` is the model before adaptation, a reference model say."""
+    """`with loft.disabled(model):` is the model before adaptation, a reference model say.
+
+    In every thread. A checkpoint that it began, or ended, in the middle of raises CheckpointError
+    in backward; a reentrant one cannot tell: keep its backward in the same state.
+    """
     with contextlib.ExitStack() as after:
         for layer in adapted(model).values():
             after.callback(setattr, layer, "enabled", layer.enabled)
@@ -846,7 +852,7 @@ def adapted(model):
 def floating(module):
     """Whether its weight can be computed with: no quantised, 8-bit, sharded or foreign tensor."""
     weight = getattr(module, "weight", None)
-    plain = type(weight) in (torch.Tensor, nn.Parameter, RotatedWeight)
+    plain = torch.is_tensor(weight) and not hasattr(weight, "__tensor_flatten__")
     return plain and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 

@@ -324,6 +324,7 @@ def test_a_weight_that_is_read_and_not_called(monkeypatch):
     assert all(p.grad.abs().sum() > 0 for p in trained(layer).values())
     with torch.no_grad():
         same(layer(x), y)
+        same(torch.export.export(layer, (x,), strict=False).module()(x), y)
         monkeypatch.setattr(loft.Rotation, "rotate", None)
         assert (y - before).abs().max() > 1e-3 and layer.linear1.weight.dtype == x.dtype
         monkeypatch.undo()
