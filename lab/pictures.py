@@ -47,7 +47,7 @@ path.own, rect.own, ellipse.own {{ stroke: var(--own); stroke-width: 2; }}
 IDEA = """
 <title>A small rotation before a frozen weight</title>
 <rect class="box own dash" x="112" y="22" width="392" height="108" rx="8"/>
-<text class="own" x="308" y="45">span(P): r directions, chosen once</text>
+<text class="own" x="308" y="45">span(P): r directions, chosen</text>
 <text class="bold" x="34" y="149">x</text>
 <path d="M46 144H72V92H150" class="to"/>
 <path d="M150 62V122L186 106V78z" class="frozen grey"/>
