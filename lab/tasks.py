@@ -66,7 +66,7 @@ class Task:
         """Moves the model and what it is measured on."""
         self.model.to(device)
         self.device = device
-        self.splits = {name: [(x.to(device), y.to(device)) for x, y in batches]
+        self.splits = {name: [[t.to(device) for t in batch] for batch in batches]
                        for name, batches in self.splits.items()}
         return self
 
@@ -90,8 +90,8 @@ class Task:
 
     def measures(self, model):
         """What is reported beside bits: those of further splits, accuracies."""
-        further = {name: self.bits(model, name) for name in self.splits.keys() - {"tune", "val"}}
-        return further | self.measure(model, self.splits["val"])
+        return self.measure(model, self.splits["val"]) | {
+            name: self.bits(model, name) for name in self.splits.keys() - {"tune", "val"}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,8 +105,8 @@ class Block(nn.Module):
         self.norm2, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
     def forward(self, x):                                # (n, t, d)
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1))          # four heads
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # (n, 4, t, d/4) each
+        # (n, t, 3d) → (n, 4, t, d/4) each, of four heads
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.proj(y.transpose(1, 2).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -183,18 +183,15 @@ def chunks(x, y):
 def rows(x, y, weight=None):
     """Draws rows at random, in proportion to `weight`."""
     def batch(generator, n):
-        if weight is None:
-            i = torch.randint(len(x), (n,), generator=generator)
-        else:
-            i = torch.multinomial(weight, n, replacement=True, generator=generator)
+        i = (torch.randint(len(x), (n,), generator=generator) if weight is None else
+             torch.multinomial(weight, n, replacement=True, generator=generator))
         return x[i], y[i]
     return batch
 
 
 def padded(texts):
     """(len(texts), longest) bytes as int64, padded with 0."""
-    longest = max(map(len, texts))
-    return torch.tensor([list(text.ljust(longest, b"\0")) for text in texts])
+    return nn.utils.rnn.pad_sequence([torch.tensor(list(text)) for text in texts], True)
 
 
 def windows(places):
@@ -217,9 +214,10 @@ def random_windows(*texts):
 def even_windows(*texts):
     """256 evenly spaced windows in all, in chunks."""
     places = []
-    for data in (text.encode() for text in texts):
-        start = torch.linspace(0, len(data) - CONTEXT - 1, 256 // len(texts)).long()
-        places += [(data, i) for i in start.tolist()]
+    for text in texts:
+        data = text.encode()
+        starts = torch.linspace(0, len(data) - CONTEXT - 1, 256 // len(texts)).long()
+        places += [(data, i) for i in starts]
     return chunks(*windows(places))
 
 
@@ -240,12 +238,12 @@ def library():
             continue
         try:
             source = file.read_text("utf-8")
-            nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, documented)]
+            docs = [doc for node in ast.walk(ast.parse(source)) if isinstance(node, documented)
+                    and (doc := ast.get_docstring(node))]
         except (SyntaxError, ValueError):
             continue
-        part = TENTHS[zlib.crc32(path.as_posix().encode()) % 10]
-        docs = list(filter(None, map(ast.get_docstring, nodes)))
-        modules.append((part, path.parts[0].removesuffix(".py"), source, docs))
+        modules += [(TENTHS[zlib.crc32(path.as_posix().encode()) % 10],
+                     path.parts[0].removesuffix(".py"), source, docs)]
     return modules
 
 
@@ -330,7 +328,7 @@ def problem(rng, steps):
         before, total = total, rng.choice([n for n in range(20) if n != total])
         verb, sign = ("gets", "+") if total > before else ("loses", "-")
         prompt += f", {verb} {abs(total - before)}"
-        response.append(f"{before}{sign}{abs(total - before)}={total}")
+        response += [f"{before}{sign}{abs(total - before)}={total}"]
     return prompt + ": ", " ".join(response) + "\n"
 
 
@@ -342,7 +340,7 @@ def math_():
                {"val": even_windows(single[-60_000:])}, steps=1500)
     double = dict(problem(rng, 2) for _ in range(20_000))                # each prompt once
     tokens = padded([(prompt + response).encode() for prompt, response in double.items()])
-    start = torch.tensor([len(prompt) for prompt in double])[:, None]
+    start = torch.tensor([[len(prompt)] for prompt in double])
     answered = (torch.arange(tokens.shape[1]) >= start) & (tokens > 0)
     x, y = tokens[:, :-1], tokens.where(answered, -100)[:, 1:]
     return Task("math", old.model, rows(x[768:], y[768:]),
@@ -400,10 +398,10 @@ def scenes(generator, n):
     turn, count, texture = (torch.randint(k, (n,), generator=generator) for k in (8, 4, 4))
     cells = torch.rand(n, 9, generator=generator).argsort(1)             # the first of 3 × 3
     shape, image = torch.randint(5, (n,), generator=generator), torch.zeros(n, 32, 32)
-    for k in range(4):
-        x, y = cells[:, k] % 3 - 1, cells[:, k] // 3 - 1
-        mask = draw(shape, turn * math.pi / 4, torch.full((n,), 0.3), x * 0.64, y * 0.64)
-        image += mask * ((0.8 if k else 1.5) * (k <= count))[:, None, None]
+    for k, cell in enumerate(cells.T[:4]):
+        light = ((0.8 if k else 1.5) * (k <= count))[:, None, None]
+        image += light * draw(shape, turn * math.pi / 4, torch.full((n,), 0.3),
+                              (cell % 3 - 1) * 0.64, (cell // 3 - 1) * 0.64)
     stripes = (torch.arange(32) // 2 % 2).expand(32, 32)
     grounds = torch.stack([0 * stripes, stripes.T, stripes, stripes ^ stripes.T])
     image += 0.3 * grounds[texture] + 0.1 * torch.randn(n, 32, 32, generator=generator)
@@ -421,10 +419,10 @@ SHAPES = (                                               # x, y in [−1, 1]; no
 
 def draw(shape, angle, size, x, y):
     """(n, 32, 32) masks of one object an image, at x, y in [−1, 1]; all arguments (n,)."""
-    j, i = torch.meshgrid([torch.linspace(-1, 1, 32)] * 2, indexing="ij")
+    i = torch.linspace(-1, 1, 32)
     angle, size, x, y = (t[:, None, None] for t in (angle, size, x, y))
-    c, s, x, y = angle.cos(), angle.sin(), i - x, j - y                  # (n, 32, 32)
-    x, y = (c * x + s * y) / size, (c * y - s * x) / size
+    c, s, x, y = angle.cos(), angle.sin(), i - x, i[:, None] - y         # (n, 1, 32), (n, 32, 1)
+    x, y = (c * x + s * y) / size, (c * y - s * x) / size                # (n, 32, 32)
     masks = torch.stack([inside(x, y) for inside in SHAPES]) & (x.abs() < 1) & (y.abs() < 1)
     return masks[shape, torch.arange(len(shape))].float()
 

@@ -3,7 +3,6 @@ on where they were stopped, tables that say what results.jsonl says."""
 import re
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,22 +14,26 @@ import loft
 import train
 from lab import study, tasks
 
+ROOT = Path(train.__file__).parent
 seeded = torch.Generator().manual_seed
 
 
 def tiny():
-    teacher = torch.randn(16, 4, generator=seeded(5))
-
     def batch(generator, n):
         x = torch.randn(n, 16, generator=generator)
-        return x, (x @ teacher).argmax(1)
+        return x, x[:, :4].argmax(1)
 
     body = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-    model = nn.Sequential(OrderedDict(body=body, head=nn.Linear(16, 4)))
+    model = nn.Sequential()
+    model.body, model.head = body, nn.Linear(16, 4)
     splits = {name: [batch(seeded(len(name)), 64)] for name in ("tune", "other")}
     splits["val"] = [(-x, y) for x, y in splits["tune"]]         # what is good on one is bad here
     old = tasks.Task("old", body, batch, {"val": splits["other"]}, steps=8)
     return tasks.Task("tiny", model, batch, splits, old, head=True, size=8)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def run(monkeypatch, tmp_path):
     """run(settings) → rows of the tiny task, in an empty folder; run.cells are those that were not
     there yet, run.errors what the cells of a method raise."""
     def noted(model, task, cell):
-        run.cells.append(cell)
+        run.cells += [cell]
         if cell["method"] in run.errors:
             raise run.errors[cell["method"]]
         return adapt(model, task, cell)
@@ -59,18 +62,17 @@ def run(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_a_task_is_deterministic_and_its_splits_share_no_example(name):
-    def make():
+    made = []
+    for _ in range(2):
         torch.manual_seed(0)
-        return tasks.TASKS[name]()
-
-    task, again = make(), make()
-    mine, theirs = ([*t.batch(seeded(3), 500), *t.model.parameters()] for t in (task, again))
-    assert all(map(torch.equal, mine, theirs))
+        task = tasks.TASKS[name]()
+        made += [[*task.batch(seeded(3), 500), *task.model.parameters()]]
+    assert all(map(torch.equal, *made))
     tune, val, trained = ({tuple(row.flatten().tolist()) for x, *_ in batches for row in x}
-                          for batches in (task.splits["tune"], task.splits["val"], [mine]))
+                          for batches in (task.splits["tune"], task.splits["val"], made[:1]))
     assert tune and val and not tune & val and not trained & (tune | val)
-    shares = task.measure(task.model, task.splits["val"][:1])            # before it has learned
-    assert task.bits(task.model, "val", 1) > 1 and all(share < 0.5 for share in shares.values())
+    assert task.bits(task.model, "val", 1) > 1           # before it has learned
+    assert all(share < 0.5 for share in task.measure(task.model, task.splits["val"][:1]).values())
 
 
 def test_responses_are_what_is_predicted_and_right_answers_count():
@@ -81,17 +83,13 @@ def test_responses_are_what_is_predicted_and_right_answers_count():
         assert bytes(byte for byte in target if byte > 0).decode() == response
         assert all(eval(term.replace("=", "==")) for term in response.split())
 
-    def half_right(tokens):
-        return nn.functional.one_hot(said[:, 1:tokens.shape[1] + 1], 256)
-
-    said = texts.clone()
-    said[::2] = ord("\n")
-
-    assert tasks.exact_match(half_right, [(x, y)]) == {"exact_match": 0.5}
+    texts[::2] = ord("\n")                               # every other response is empty
+    said = nn.functional.one_hot(texts, 256)
+    assert tasks.exact_match(lambda x: said[:, 1:x.shape[1] + 1], [(x, y)]) == {"exact_match": 0.5}
 
 
 def test_images_show_what_their_labels_say():
-    images, labels = tasks.vision().batch(seeded(0), 200)
+    images, labels = tasks.scenes(seeded(0), 200)
     assert [len(column.unique()) for column in labels.T] == [8, 4, 9, 4]
     brightest = images.flatten(1).argmax(1)              # where others overlap it may be theirs
     cell = brightest // 32 // 10.5 * 3 + brightest % 32 // 10.5          # of 3 × 3
@@ -109,12 +107,12 @@ def test_unseen_languages_combine_the_rules_that_are_seen_one_by_one():
 def test_a_run_from_settings_to_table(run):
     """Every method within one budget; a lookahead's steps are among its own."""
     rows = run(f"--method {','.join(train.METHODS)} --support skew,skew-plain,lookahead,narrow")
-    _, skew, plain, *ahead, _, _, _, _, _, lora, _ = rows
-    supports = [None, "skew", "skew-plain", "lookahead", "narrow", "principal-plain", "all"]
-    assert [row["support"] for row in rows[:7]] == supports
+    skew, plain, *ahead = rows[1:5]
+    assert column(rows[:7], "support") == [
+        None, "skew", "skew-plain", "lookahead", "narrow", "principal-plain", "all"]
     assert skew["align"] and not plain["align"]
     assert all(row["lookahead_steps"] == 2 and row["curve"][-1][0] == 6 for row in ahead)
-    assert max(row["trainable"] for row in rows[:-1]) == lora["trainable"] == 68 + 2 * 32
+    assert max(row["trainable"] for row in rows[:-1]) == rows[-2]["trainable"] == 68 + 2 * 32
     for row, line in zip(rows, Path("run/table.txt").read_text().splitlines()[2:], strict=True):
         assert line.startswith(row["method"])
         for number in (row["after"], row["measures"]["other"], row["kept_after"]):
@@ -128,8 +126,8 @@ def test_a_run_from_settings_to_table(run):
 def test_rates_are_tried_on_the_first_seed_and_chosen_by_the_tune_split(run):
     rows = run("--method lora --lr 1e-4,1e-2,1 --seeds 3")
     best = min(rows[:3], key=lambda row: row["tune"])["lr"]
-    rates = [(row["lr"], row["seed"]) for row in rows]
-    assert rates == [(1e-4, 0), (1e-2, 0), (1, 0), (best, 1), (best, 2)]
+    assert column(rows, "lr") == [1e-4, 1e-2, 1, best, best]
+    assert column(rows, "seed") == [0, 0, 0, 1, 2]
 
 
 def test_a_run_goes_on_where_it_was_stopped(run, capsys):
@@ -139,13 +137,13 @@ def test_a_run_goes_on_where_it_was_stopped(run, capsys):
     with pytest.raises(SystemExit):
         run(f"{settings} --out cut")
     out, run.errors = capsys.readouterr().out, {}
-    assert "--resume cut" in out and re.search(r"\nloft +random ", out) and "\nlora" not in out
+    assert re.search(r"(?s)\nloft +random .*--resume cut", out) and "\nlora" not in out
     with open("cut/results.jsonl", "a") as file:
         file.write('\n{"task": "tiny", "method": "lo')
     rows, cells = run("--resume cut"), run.cells
     whole = run(settings)
     assert cells == run.cells[2:] and rows == train.read(Path("cut"))
-    assert [row["after"] for row in rows] == [row["after"] for row in whole]
+    assert column(rows, "after") == column(whole, "after")
 
 
 def test_a_cell_that_fails_does_not_stop_the_others(run, capsys):
@@ -172,16 +170,16 @@ def test_what_means_nothing_is_refused_in_one_line(settings, message, run, capsy
 
 
 def test_a_size_is_the_largest_within_the_budget():
-    task = SimpleNamespace(model=tasks.Transformer())    # lora at rank 1 has 8,192 parameters
-    methods = "loft", "psoft", "oft", "boft", "hra", "lora"
-    sizes = [train.largest(task, method, 2 * 8192) for method in methods]
+    task = tasks.english()                               # lora at rank 1 has 8,192 parameters
+    sizes = [train.largest(task, method, 2 * 8192)
+             for method in ("loft", "psoft", "oft", "boft", "hra", "lora")]
     assert sizes == [45, 43, 8, 4, 4, 2]
 
 
 def test_a_newcomer_sees_no_lines_but_ours():
     for script in ("train.py", "-m lab.study"):
         out = subprocess.check_output([sys.executable, *script.split(), "--help"],
-                                      stderr=subprocess.STDOUT, cwd=Path(train.__file__).parent)
+                                      stderr=subprocess.STDOUT, cwd=ROOT)
         assert out.startswith(b"usage: ")
 
 
@@ -209,23 +207,36 @@ def test_differences_are_paired_by_seed_at_the_rate_that_was_tuned():
 
 def test_a_rate_is_better_than_both_its_neighbours(monkeypatch):
     def sweep(task, method, support, args, rows):
-        rows.append({"lr": min(args.lr, key=lambda lr: abs(lr - 0.3))})
+        rows += [{"lr": min(args.lr, key=lambda lr: abs(lr - 0.3))}]
 
     monkeypatch.setattr(train, "sweep", sweep)
     assert study.best_rate(None, "lora", None, SimpleNamespace()) == 0.3
 
 
 def test_a_study_runs_once(run, monkeypatch, capsys):
-    cells = [("lora", None), ("loft", "lookahead")]
-    monkeypatch.setitem(study.ROWS, "some", (cells, (1, 2), 8, {}))
+    monkeypatch.setitem(study.ROWS, "some", (
+        [("lora", None), ("loft", "lookahead")], (1, 2), 8, {}))
     argv, tables = "study --tasks tiny --rows some --seeds 2 --against lora".split(), []
     for more in ([], [], ["--report"]):
         run.cells = []
         study.main(argv + more)
-        tables.append(capsys.readouterr().out.split("### ")[1])
+        tables += [capsys.readouterr().out.split("### ")[1]]
         assert bool(run.cells) == (len(tables) == 1) and tables[0] == tables[-1]
     for label in ("| lora |", "| loft lookahead |", "(+0.000 ± 0.000)"):
         assert tables[0].count(label) >= 2
     pytest.importorskip("matplotlib")
-    study.main([*argv, "--report", "--plot"])
+    study.main(argv + ["--report", "--plot"])
     assert Path("study/plot.png").stat().st_size > 5000
+
+
+# --------------------------------------------------------------------------------------------------
+# The lesson
+
+def test_readme_and_the_lesson_show_what_happens(run, capsys):
+    """Their blocks marked python, one after another; what one prints stands below it."""
+    block, names = r"(?s)```python\n(.*?)```(?:\n```text\n(.*?)```)?", vars(tiny())
+    names["batches"] = names["splits"]["tune"]           # model and loss_fn are there
+    for file in ("README.md", "lab/LESSON.md"):
+        for code, shown in re.findall(block, (ROOT / file).read_text("utf-8")):
+            exec(code, names)
+            assert capsys.readouterr().out == shown
