@@ -30,17 +30,18 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead")
         for basis in ("", "-plain")]
-BEST = [("psoft", None), ("lora", None), ("loft", "principal"), ("loft", "narrow")]
+BEST = [("loft", "narrow"), ("lora", None), ("psoft", None), LOFT[0]]
 ROWS = {  # (method, support; None: its own), budgets as multiples of lora's least, steps, options
-    "main": (BEST + LOFT[1:], (1,), 200, {}),
+    "main": (BEST, (1,), 200, {}),
+    "supports": (LOFT, (1,), 200, {}),
     "peers": ([(method, None) for method in ("frozen", "oft", "boft", "goft", "hra", "full")],
               (1,), 200, {}),
     # lora whose A begins in the gradient's singular vectors (as in LoRA-GA), in the inputs' (EVA)
     "starts": ([("lora", "gradient-plain"), ("lora", "activation-plain")], (1,), 200, {}),
     "budgets": (BEST, (2, 4), 200, {}),
-    "long": (BEST + [("loft", "skew")], (1,), 1000, {}),
-    "magnitude": (BEST[2:], (1,), 1000, {"magnitude": True}),
-    "output": (BEST[2:], (1,), 1000, {"side": "output"}),
+    "long": (BEST, (1,), 1000, {}),
+    "magnitude": (LOFT[:1], (1,), 1000, {"magnitude": True}),
+    "output": (BEST[:1], (1,), 1000, {"side": "output"}),
 }
 
 
