@@ -1,4 +1,4 @@
-"""lab/own.py on small random models of real classes, with a tokenizer built here: no download."""
+"""lab/own.py on small random models of real classes, with tokenizers built here: no download."""
 import importlib
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"                     # before anything reads it
 pytest.importorskip("trl")                             # which needs transformers and datasets
+pytest.importorskip("PIL")
 
 import tokenizers
 import torch
@@ -21,37 +22,45 @@ import train
 from lab import own
 
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=96)
+             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=96,
+             image_size=16, patch_size=8, tie_word_embeddings=True)
 TEMPLATE = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
             "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
-CHATS = [{"messages": [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in
-                       enumerate((f"from {i}", f"{i}, {i + 1}", "go on", f"{i + 2}, {i + 3}"))]}
-         for i in range(30)]
-PAIRS = [{"prompt": "after one comes", "completion": " two"}] * 30
+CHATS = [{"messages": [{"role": role, "content": f"the {role} says {i}"}
+                       for role in ("user", "assistant") * 2]} for i in range(30)]
+FILES = {
+    "chats.jsonl": "\n".join(map(json.dumps, CHATS)), "notes.txt": "after one comes two\n\n" * 30,
+    "pairs.json": json.dumps([{"prompt": "after one comes", "completion": " two"}] * 30),
+    "reviews.csv": "text, label\n" + '"it is odd,\nor is it?",odd\n"even it is",even\n' * 15,
+    "images.csv": "image,label\n" + "grey.pgm,even\nred.ppm,odd\n" * 15,
+    "grey.pgm": "P2 9 9 255" + " 40" * 81, "red.ppm": "P3 9 9 255" + " 200 0 0" * 81,
+    "missing.csv": "image,label\nno.png,odd\n", "gap.csv": "text,label\na,1\nb,",
+    "shifted.csv": 'text,label\n"a,\nb",c,x\nd,e,f\n', "other.csv": "words,label\na,b\n",
+    "broken.jsonl": '{"text": "a"}\n{"text": \n', "surrogate.jsonl": r'{"text": "\ud800"}',
+    "silent.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n' * 20}
 FAST = ("--rank 4 --calibration 32 --learning_rate 1e-2 --max_steps 8 --seed 3 --disable_tqdm True "
         "--per_device_train_batch_size 4")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """The working folder: every model with a byte-level tokenizer, and the data."""
+    """The working folder: every model, with a tokenizer or image processor, and the data."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("own"))
-    raw = tokenizers.ByteLevelBPETokenizer()
-    raw.train_from_iterator([json.dumps(CHATS)], 300, special_tokens=["<s>", "</s>", "<pad>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(raw.to_str()), eos_token="</s>",
-        pad_token="<pad>", chat_template=TEMPLATE)
     torch.manual_seed(0)
-    for name in ("llama", "qwen2", "mixtral", "gpt2", "bert"):
+    for name in ("llama", "qwen2", "mixtral", "gpt2", "bert", "vit"):
+        kind = "SentencePiece" if name == "llama" else "ByteLevel"
+        raw = getattr(tokenizers, f"{kind}BPETokenizer")()
+        raw.train_from_iterator([str(CHATS)], vocab_size=300,
+                                special_tokens=["<s>", "</s>", "<pad>", "<unk>"])
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw._tokenizer, eos_token="</s>", pad_token="<pad>",
+            chat_template=TEMPLATE).save_pretrained(name)
         config = transformers.AutoConfig.for_model(name, **SIZES)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    Path("chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
-    Path("pairs.json").write_text(json.dumps(PAIRS))
-    Path("reviews.csv").write_text(
-        "text, label\n" + '"it is odd,\nor is it?",odd\n"even it is",even\n' * 15)
-    Path("notes.txt").write_text("after one comes two\n\n" * 30)
+        transformers.AutoModel.from_config(config).save_pretrained(name)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained("vit")
+    for name, text in FILES.items():
+        Path(name).write_text(text)
     yield
     os.chdir(before)
 
@@ -71,32 +80,35 @@ def rows(model, data):
 
 
 def learned(out):
-    return torch.load(f"{out}/adapter.pt")["state"]
+    """Without signs: those of the vectors that span a support are arbitrary."""
+    state = torch.load(f"{out}/adapter.pt")["state"]
+    return {name: tensor.abs() for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("model, data", [
     ("llama", "chats.jsonl"), ("qwen2", "pairs.json"), ("mixtral", "chats.jsonl"),
-    ("gpt2", "notes.txt"), ("bert", "reviews.csv"), ("gpt2", "reviews.csv")])
+    ("gpt2", "notes.txt"), ("bert", "reviews.csv"), ("vit", "images.csv")])
 def test_it_learns_and_exports_what_it_learned(model, data, capsys):
     out = f"{model}-{data}"
     run(model, data, out, f"--export {out}/merged")
     row = capsys.readouterr().out.splitlines()[-1].split()
-    assert float(row[2]) < float(row[1]) and float(row[3]) < 1e-5, row
-    classifies = data == "reviews.csv"
-    auto = (transformers.AutoModelForSequenceClassification if classifies
-            else transformers.AutoModelForCausalLM)
-    merged = auto.from_pretrained(f"{out}/merged")
-    here = loft.load(auto.from_pretrained(model, pad_token_id=2), f"{out}/adapter.pt")
-    x = torch.arange(40).view(2, 20)
+    assert float(row[2]) < float(row[1])
+    transformers.AutoProcessor.from_pretrained(f"{out}/merged")
+    config = transformers.AutoConfig.from_pretrained(f"{out}/merged")
+    auto = getattr(transformers, *config.architectures)
+    merged, plain = (auto.from_pretrained(name, config=config) for name in (f"{out}/merged", model))
+    x = torch.rand(2, 3, 16, 16) if model == "vit" else torch.arange(40).view(2, 20)
+    here = loft.load(plain, f"{out}/adapter.pt")
     torch.testing.assert_close(merged(x).logits, here(x).logits, atol=1e-4, rtol=1e-4)
-    if classifies:
-        assert merged.config.id2label == {0: "even", 1: "odd"}
+    if "Classification" in auto.__name__:
+        assert config.id2label == {0: "even", 1: "odd"}
 
 
-def test_targets_are_the_tokens_of_each_answer_in_its_chat():
-    tokenizer = transformers.AutoTokenizer.from_pretrained("llama")
-    trained = rows("llama", "chats.jsonl")
-    assert len(trained) == 2 * 27                      # two answers a chat, a tenth held out
+@pytest.mark.parametrize("name", ["llama", "qwen2"])   # SentencePiece, byte-level
+def test_targets_are_the_tokens_of_each_answer_in_its_chat(name):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    trained = rows(name, "chats.jsonl")
+    assert len(trained) == 54                      # two answers a chat, a tenth held out
     for row in trained:
         i, chat = len(row["prompt"]), row["messages"]
         ids = tokenizer.apply_chat_template(chat[:i + 1])["input_ids"]
@@ -105,18 +117,16 @@ def test_targets_are_the_tokens_of_each_answer_in_its_chat():
         assert row["labels"] == [-100] * len(known) + ids[len(known):]
 
 
-@pytest.mark.parametrize("names, places", [
-    (["odd", "even"], {"even": 1, "odd": 0}),          # the model's own names, in its order
-    (["odd", "even", "prime"], {"0": 0, "2": 2}),      # numbers are places
-    (["a", "b", "c"], {"9": 0, "16": 1})])             # a new head, in order
-def test_labels_have_the_places_that_the_model_gives_them(names, places):
-    config = transformers.BertConfig(**SIZES, id2label=dict(enumerate(names)))
-    transformers.BertForSequenceClassification(config).save_pretrained("named")
+def test_labels_have_the_places_that_the_model_gives_them():
+    """By its own names, in its order, or by number; what it does not know makes a new head."""
+    places = {"even": 1, "odd": 0, "2": 2}
+    config = transformers.AutoConfig.from_pretrained(
+        "bert", id2label=dict(enumerate(["odd", "even", "prime"])))
+    config.save_pretrained("bert")
     tokenizer = transformers.AutoTokenizer.from_pretrained("bert")
-    tokenizer.save_pretrained("named")
     data = "".join(f"is {label},{label}\n" for label in places)
     Path("named.csv").write_text("text,label\n" + data * 15)
-    for row in rows("named", "named.csv"):
+    for row in rows("bert", "named.csv"):
         assert row["labels"] == places[tokenizer.decode(row["input_ids"]).removeprefix("is ")]
 
 
@@ -136,15 +146,19 @@ train.main(sys.argv[1:])
 
 
 def test_killed_and_resumed_is_uninterrupted():
-    more = ("--save_steps 2 --max_steps 9 --gradient_accumulation_steps 2 --eval_strategy steps "
-            "--eval_steps 3 --packing --max_length 96")
+    """A smaller loss counts as worse here: the best is the first, and two later the run ends."""
+    more = ("--save_steps 2 --max_steps 20 --gradient_accumulation_steps 2 --eval_strategy steps "
+            "--eval_steps 2 --packing --max_length 96 --load_best_model_at_end True --patience 2 "
+            "--metric_for_best_model loss --greater_is_better True")
     words = command("gpt2", "chats.jsonl", "killed", more)
     assert subprocess.run([sys.executable, "-c", KILLED, *words]).returncode == -9
-    Path("killed/checkpoint-2").rename("moved")
+    time = os.stat("killed/checkpoint-2").st_mtime
     train.main([*words, "--resume"])
+    assert os.stat("killed/checkpoint-2").st_mtime == time     # it went on, not from the start
     run("gpt2", "chats.jsonl", "whole", more)
-    torch.testing.assert_close(learned("killed"), learned("whole"), atol=0, rtol=0)
-    assert not Path("killed/checkpoint-2").exists()    # it went on, not once more from the start
+    assert not Path("killed/checkpoint-8").exists()
+    torch.testing.assert_close(learned("killed/checkpoint-6"), learned("whole/checkpoint-6"),
+                               atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("base", [                     # whole, in shards
@@ -159,29 +173,19 @@ def test_two_processes_give_the_result_of_one(base):
     torch.testing.assert_close(learned("one"), learned("two"), atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("name, text, says", [
-    ("shifted.csv", 'text,label\n"a,\nb",c,x\nd,e,f\n', 'got 3: "a, b",c,x'),
-    ("other.csv", "words,label\na,b\n", "it has ['words', 'label']; wanted are messages, or"),
-    ("gap.csv", "text,label\na,1\nb,\n", "example 2 has no label"),
-    ("empty.csv", "", "not empty"),
-    ("broken.jsonl", '{"text": "a"}\n{"text": \n', "JSON parse error"),
-    ("silent.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n' * 20, "no assistant"),
-    ("one.txt", "a single\nparagraph", "n_samples=1"),
-    ("no.parquet", "text", "Parquet")])
-def test_a_file_that_does_not_fit_is_one_line(name, text, says):
-    Path(name).write_text(text)
-    with pytest.raises(SystemExit) as end:
-        run("llama", name, "refused")
-    line = str(end.value)
-    assert name in line and says in line and "\n" not in line and not Path("refused").exists()
-
-
 @pytest.mark.parametrize("words, says", [
-    ("--model nowhere", "--model nowhere"), ("--bogus 1", "--bogus"), ("--support best", "best"),
-    ("--options {", "JSON")])
-def test_a_setting_that_does_not_fit_is_one_line(words, says):
-    with pytest.raises(SystemExit, match=rf"\A.*{says}.*\Z"):
+    ("--data shifted.csv", 'got 3: "a, b",c,x'),
+    ("--data other.csv", "other.csv has ['words', 'label']; wanted are messages, or"),
+    ("--data gap.csv", "example 2 of gap.csv has no label"), ("--data missing.csv", "no.png"),
+    ("--data broken.jsonl", "JSON parse error"), ("--data surrogate.jsonl", "surrogate"),
+    ("--data silent.jsonl", "no assistant"), ("--model nowhere/at/all", "nowhere/at/all"),
+    ("--model .", "model_type"), ("--options {", "--options"),
+    ("--patience 2", "--load_best_model_at_end True")])
+def test_what_does_not_fit_is_one_line(words, says):
+    with pytest.raises(SystemExit) as end:
         run("llama", "chats.jsonl", "refused", words)
+    line = str(end.value).split(" [train.py")[0]
+    assert says in line and "\n" not in line
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
