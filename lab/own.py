@@ -19,7 +19,8 @@ Everything else belongs to trl's SFTConfig, which holds transformers' TrainingAr
 what it means there: bf16, gradient_accumulation_steps, gradient_checkpointing, max_grad_norm,
 lr_scheduler_type, packing, max_length (longer examples are cut), eval_strategy, save_steps,
 load_best_model_at_end, …
---model_init_kwargs is JSON for from_pretrained: '{"quantization_config": {"load_in_4bit": true}}'.
+--model_init_kwargs is JSON for from_pretrained: '{"quantization_config": {"load_in_4bit": true}}'
+(of a classifier, with its head left whole: "llm_int8_skip_modules": ["classifier"]).
 A causal model that does not fit one device is read in shards, by FSDP2: under torchrun, with
 '{"distributed_config": {"fsdp_size": 4}}', and without --support. Its adapter is whole on every
 rank, and is merged by one process that has room: the same command with --resume --export, without
@@ -30,9 +31,10 @@ The columns say what is learned:
     messages             every answer of the assistant, given all that precedes it in the chat
                          (or, with --assistant_only_loss, all at once: see trl on templates)
     prompt, completion   the completion (or response): two texts, or two lists of messages
-    text, label          a classifier, by transformers' Trainer; its head trains too, and texts
-                         are cut at the tokenizer's own limit
-    image, label         the same for images, given as paths from the working folder, or as bytes
+    text, label          a classifier, by transformers' Trainer: labels are the model's own names
+                         or numbers, or make a new head; it trains too; texts are cut at the
+                         tokenizer's own limit
+    image, label         the same of images: paths from the working folder, or bytes
     text                 every token; a .txt file is read paragraph by paragraph
 
 Checkpoints hold the adapter and the trainer's state, not the model; OUT/adapter.pt is what
