@@ -34,7 +34,8 @@ The columns say what is learned:
     text, label          a classifier, by transformers' Trainer: labels are the model's own names
                          or numbers, or make a new head; it trains too; texts are cut at the
                          tokenizer's own limit
-    image, label         the same of images: paths from the working folder, or bytes
+    image, label         the same of images: paths from the working folder, or bytes (of any
+                         format that Pillow reads)
     text                 every token; a .txt file is read paragraph by paragraph
 
 Checkpoints hold the adapter and the trainer's state, not the model; OUT/adapter.pt is what
@@ -192,9 +193,9 @@ def build(settings, args):
     # what Trainer asks of a quantised model: that it has adapters
     model._hf_peft_config_loaded = hasattr(model, "is_quantized")
     if settings.export and model._hf_peft_config_loaded or "distributed_config" in options and (
-            settings.export or head or settings.support or settings.method == "psoft"):
+            settings.export or head or settings.support):
         raise ValueError("a quantised model cannot be merged; nor one in shards, or train a head, "
-                         "or be read for --support or --method psoft")
+                         "or be read for another --support than the default")
     # Trainer would not save the optimizer of a model in shards; that of an adapter is whole
     only, args.save_only_model = args.save_only_model, True
     trainer = kind(model, args, None, *parts, processor)  # None: with the collator of its own
@@ -202,8 +203,9 @@ def build(settings, args):
     if trainer.is_fsdp_enabled:
         raise ValueError("FSDP is asked for in --model_init_kwargs: see lab/own.py")
     if settings.patience:
-        if not args.load_best_model_at_end:
-            raise ValueError("--patience needs --load_best_model_at_end True")
+        if settings.patience < 0 or not args.load_best_model_at_end:
+            raise ValueError(f"--patience {settings.patience}: give a positive number, and "
+                             "--load_best_model_at_end True")
         trainer.add_callback(transformers.EarlyStoppingCallback(settings.patience))
     return trainer, head
 
