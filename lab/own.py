@@ -91,7 +91,7 @@ def read(path):
     """The examples of a file, which has the columns of one entry of COLUMNS."""
     suffix = Path(path).suffix
     if suffix not in READERS or not os.path.getsize(path):
-        raise ValueError(f"wanted is a file that is not empty, one of {', '.join(READERS)}")
+        raise ValueError(f"{path}: wanted is a file that is not empty, one of {', '.join(READERS)}")
     if suffix == ".csv":  # strictly: pandas would shift the columns of a ragged row
         data = datasets.Dataset(csv.read_csv(
             path, parse_options=csv.ParseOptions(newlines_in_values=True)))
