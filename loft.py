@@ -673,9 +673,9 @@ def rotated_weights(model):
     """{layer: its rotated weight}; ValueError where there is none, or it is not finite."""
     weights = {}
     for n, layer in adapted(model).items():
-        own = floating(layer.base) and "weight" in layer.base._parameters
-        require(own, f"layer {n!r}: no floating weight of its "
-                f"own to merge into: a {type(layer.base).__name__}, quantised or computed anew")
+        own = type(layer.base._parameters.get("weight")) is nn.Parameter
+        require(own and floating(layer.base), f"layer {n!r}: no floating weight of its own to merge"
+                f" into: a {type(layer.base).__name__}, quantised, in shards, or computed anew")
         weights[layer] = W = layer.compute_weight()
         require(W.isfinite().all(), f"layer {n!r}: its rotated weight is not finite")
     return weights
@@ -850,10 +850,11 @@ def adapted(model):
 
 
 def floating(module):
-    """Whether its weight can be computed with: no quantised, 8-bit, sharded or foreign tensor."""
+    """Whether its weight can be computed with: not quantised, 8-bit, or a foreign tensor."""
     weight = getattr(module, "weight", None)
-    plain = torch.is_tensor(weight) and not hasattr(weight, "__tensor_flatten__")
-    return plain and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    foreign = hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor")
+    numbers = torch.is_tensor(weight) and not foreign
+    return numbers and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def shape(module):
@@ -865,8 +866,10 @@ def shape(module):
 
 
 def matrix(module):
-    """The weight as (out, in)."""
-    return module.weight.mT if hasattr(module, "nf") else module.weight
+    """The weight as (out, in); a DTensor's (FSDP2, tensor parallel), from all its shards."""
+    W = module.weight
+    W = W.full_tensor() if hasattr(W, "full_tensor") else W
+    return W.mT if hasattr(module, "nf") else W
 
 
 def wide(x):

@@ -22,9 +22,8 @@ load_best_model_at_end, …
 --model_init_kwargs is JSON for from_pretrained: '{"quantization_config": {"load_in_4bit": true}}'
 (of a classifier, with its head left whole: "llm_int8_skip_modules": ["classifier"]).
 A causal model that does not fit one device is read in shards, by FSDP2: under torchrun, with
-'{"distributed_config": {"fsdp_size": 4}}', and without --support. Its adapter is whole on every
-rank, and is merged by one process that has room: the same command with --resume --export, without
-this setting.
+'{"distributed_config": {"fsdp_size": 4}}'. Its adapter is whole on every rank, and is merged by
+one process that has room: the same command with --resume --export, without this setting.
 
 The columns say what is learned:
 
@@ -193,9 +192,8 @@ def build(settings, args):
     # what Trainer asks of a quantised model: that it has adapters
     model._hf_peft_config_loaded = hasattr(model, "is_quantized")
     if settings.export and model._hf_peft_config_loaded or "distributed_config" in options and (
-            settings.export or head or settings.support):
-        raise ValueError("a quantised model cannot be merged; nor one in shards, or train a head, "
-                         "or be read for another --support than the default")
+            settings.export or head):
+        raise ValueError("a quantised model cannot be merged; nor one in shards, or train a head")
     # Trainer would not save the optimizer of a model in shards; that of an adapter is whole
     only, args.save_only_model = args.save_only_model, True
     trainer = kind(model, args, None, *parts, processor)  # None: with the collator of its own
