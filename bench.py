@@ -11,7 +11,8 @@
 In 1 and 2 the implementations take turns in each repeat, so that a slow spell of the machine hits
 all of them. "ratio" is that to the frozen layers in the same repeat: the median, and ± half the
 distance between the quartiles. "kept" is what autograd keeps for backward beyond weights and beyond
-what is inside the one node that makes the fused layers' T, which does not grow with the rows.
+what is inside the one node that makes the fused layers' T, which does not grow with the rows. At
+the end: what is wanted of two rows of one table, and whether it is so.
 """
 from __future__ import annotations
 
@@ -52,6 +53,16 @@ METHODS = {  # name: arguments of loft.adapt; peft's configuration and its argum
     "lora": (dict(method="lora", rank=16), ("LoraConfig", dict(r=16))),
 }
 FROZEN = ("torch", "frozen", "eager")
+FUSED, LORA = ("loft", "loft", "fused"), ("loft", "lora", "eager")
+TARGETS = [  # d, n, a row, the row beside it, and the ratio of their times that is wanted at most
+    (512, 128, FUSED, LORA, 1.03), (512, 128, FUSED, ("peft", "lora", "eager"), 1.03),
+    (512, 128, ("loft", "loft", "eager"), FROZEN, 1.5),
+    (512, 128, ("loft", "psoft", "fused"), ("peft", "psoft", "eager"), 1 / 1.3),
+    (1024, 128, FUSED, FROZEN, 1.3),
+    *((1024, 1024, ("loft", method, "fused"), ("peft", method, "eager"), most)
+      for method, most in (("oft", 1), ("oft series", 1), ("boft", 1 / 3))),
+    (4096, 256, ("loft", "hra", "eager"), ("peft", "hra", "eager"), 1 / 20),
+]
 
 
 class Block(nn.Module):
@@ -190,6 +201,18 @@ def once(d, depth, args):
     return rows
 
 
+def verdicts(rows):
+    """A line for each of TARGETS whose rows were measured."""
+    found = {(r["d"], r["n"], r["impl"], r["method"], r["backend"]): r for r in rows}
+    print()
+    for d, n, ours, theirs, most in TARGETS:
+        a, b = found.get((d, n, *ours)), found.get((d, n, *theirs))
+        if a and b:
+            ratio = a["ratio"] / b["ratio"]
+            print(f"{'met' if ratio <= most else 'missed':8}{ratio:6.3f} (at most {most:5.3f})  "
+                  f"d = {d}, n = {n}: {' '.join(ours)} / {' '.join(theirs)}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,6 +244,7 @@ def main(argv=None):
     few = ("loft", "psoft", "lora")
     rows += table(title, transformer(d, depth), d, 128, seconds, args, few, adam=True)
     rows += once(*((128, 2) if args.quick else (256, 4)), args)
+    verdicts(rows)
     print(f"\n{timer() - began:.0f} s")
     if args.json:
         Path(args.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
