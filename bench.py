@@ -204,12 +204,11 @@ def once(d, depth, args):
 def verdicts(rows):
     """A line for each of TARGETS whose rows were measured."""
     found = {(r["d"], r["n"], r["impl"], r["method"], r["backend"]): r for r in rows}
-    print()
     for d, n, ours, theirs, most in TARGETS:
         a, b = found.get((d, n, *ours)), found.get((d, n, *theirs))
         if a and b:
             ratio = a["ratio"] / b["ratio"]
-            print(f"{'met' if ratio <= most else 'missed':8}{ratio:6.3f} (at most {most:5.3f})  "
+            print(f"\n{'met' if ratio <= most else 'missed':8}{ratio:6.3f} (at most {most:5.3f})  "
                   f"d = {d}, n = {n}: {' '.join(ours)} / {' '.join(theirs)}")
 
 
