@@ -2,7 +2,7 @@
 
     python -m lab.study                                       all of it: days on two cores
     python -m lab.study --tasks code --rows main --seeds 2    a part; stop it, and start it again
-    python -m lab.study --report --plot runs/study            tables in markdown, and plot.png
+    python -m lab.study runs/study --report --plot lab/results.png         tables, and a picture
 
 --rows is one or more of ROWS below. In the tables, "after" is the loss on the new domain in bits,
 "kept_after" on the old one; brackets hold differences from the row that --against names, on the
@@ -147,6 +147,7 @@ def plot(found, path):
         for group in groups:
             row, losses = group[0], [row["after"] for row in group.values()]
             steps, bits, _ = zip(*row["curve"])
+            steps = [row["lookahead_steps"] + step for step in steps]
             left.plot(steps, bits, label=f"{label(row)} {row['size']}")
             point = row["trainable"], statistics.fmean(losses)
             lines.setdefault(label(row), []).append(point)
@@ -170,7 +171,7 @@ def main(argv=None):
     add("--seeds", type=train.positive, default=3)
     add("--report", action="store_true")
     add("--against", default="loft narrow", help="a row, as tables name it")
-    add("--plot", action="store_true")
+    add("--plot", metavar="FILE")
     study, rest = parser.parse_known_args(argv)
     if not study.report:
         args = train.parse(rest)
@@ -183,7 +184,7 @@ def main(argv=None):
         found.setdefault((group[0]["task"], group[0]["steps"]), []).append(group)
     print(*(report(groups, study.against) for groups in found.values()), sep="\n")
     if study.plot:
-        plot(found.values(), study.folders[0] / "plot.png")
+        plot(found.values(), study.plot)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_a_study_runs_once(run, monkeypatch, capsys):
     for label in ("| lora |", "| loft lookahead |", "(+0.000 ± 0.000)"):
         assert tables[0].count(label) >= 2
     pytest.importorskip("matplotlib")
-    study.main(argv + ["--report", "--plot"])
+    study.main(argv + ["--report", "--plot", "study/plot.png"])
     assert Path("study/plot.png").stat().st_size > 5000
 
 
