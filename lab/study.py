@@ -25,7 +25,7 @@ import train  # first: it silences a warning of torch's
 import loft
 from lab.tasks import TASKS
 
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead")
@@ -141,23 +141,24 @@ def plot(found, path):
         raise SystemExit("--plot needs the package matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(len(found), 2, figsize=(14, 5 * len(found)), squeeze=False)
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(14, 5 * len(found)), squeeze=False,
+                                   layout="constrained")
     for (left, right), groups in zip(axes, found):
         lines = {}
-        for group in groups:
-            row, losses = group[0], [row["after"] for row in group.values()]
+        for group in sorted(groups, key=lambda group: label(group[0])):
+            row = group[0]
             steps, bits, _ = zip(*row["curve"])
-            steps = [row["lookahead_steps"] + step for step in steps]
-            left.plot(steps, bits, label=f"{label(row)} {row['size']}")
-            point = row["trainable"], statistics.fmean(losses)
-            lines.setdefault(label(row), []).append(point)
+            left.plot([row["lookahead_steps"] + step for step in steps], bits,
+                      label=f"{label(row)} {row['size']}")
+            loss = statistics.fmean(row["after"] for row in group.values())
+            lines.setdefault(label(row), []).append((row["trainable"], loss))
         for name in lines:
             right.plot(*zip(*sorted(lines[name])), "o-", label=name)
         left.set_xlabel("step")
         right.set(xlabel="trainable parameters", xscale="log")
         for axis in (left, right):
             axis.set(title=row["task"], ylabel="bits")
-            axis.legend(fontsize=6)
+            axis.legend()
     figure.savefig(path)
 
 
@@ -166,8 +167,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", type=Path, nargs="*", default=[Path("runs/study")])
-    add("--tasks", type=train.listed(str, TASKS), default=list(TASKS))
-    add("--rows", type=train.listed(str, ROWS), default=list(ROWS))
+    add("--tasks", type=train.listed(str, TASKS), default=TASKS)
+    add("--rows", type=train.listed(str, ROWS), default=ROWS)
     add("--seeds", type=train.positive, default=3)
     add("--report", action="store_true")
     add("--against", default="loft narrow", help="a row, as tables name it")
