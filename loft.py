@@ -290,8 +290,8 @@ class Skew(Transform):
     norm bound); share one Q between a stage's blocks. theta: (m, r/b or 1, b(b−1)/2), zero.
     """
 
-    def __init__(self, r, block_size=None, stages=1, map="cayley", terms=5, bound=None, share=False,
-                 most=None):
+    def __init__(self, r, /, block_size=None, stages=1, map="cayley", terms=5, bound=None,
+                 share=False, most=None):
         halves = 2 ** (stages - 1)
         b = block_size or max(1, math.gcd(r, (most or r) * halves) // halves)
         one_of("map", map, MAPS)
@@ -335,7 +335,7 @@ class Givens(Transform):
     keeps near rotations. theta: the angles (r − 1, 1), or G − I (r − 1, 4); zero at the start.
     """
 
-    def __init__(self, r, relaxed=False):
+    def __init__(self, r, /, relaxed=False):
         super().__init__(torch.zeros(r - 1, 4 if relaxed else 1))
         self.orthogonal = not relaxed
 
@@ -375,7 +375,7 @@ class Householder(Transform):
     it exact. k is even: an odd product has determinant −1. theta: u (r, k), Gaussian pairs.
     """
 
-    def __init__(self, r, reflections=8):
+    def __init__(self, r, /, reflections=8):
         require(reflections > 0 and reflections % 2 == 0, f"reflections={reflections} must be even"
                 " and ≥ 2: an odd product has determinant −1, and cannot start at the identity")
         super().__init__(torch.randn(r, reflections // 2).repeat_interleave(2, dim=1))
@@ -517,7 +517,8 @@ def adapt(model, targets=None, *, method="loft", rank=None, support=None, side="
     by_layer = isinstance(support, dict)
     found = target_layers(model, support if by_layer and targets is None else targets)
     supports = support if by_layer else dict.fromkeys(found, support)
-    require(found.keys() == supports.keys(), f"supports of {list(supports)}, not {list(found)}")
+    require(found.keys() == supports.keys(), "not both a linear layer among the targets and one "
+            f"with a support: {', '.join(sorted(found.keys() ^ supports.keys()))}")
     parameters = plain_parameters(model)
     keep = matches("trainable", trainable or [], parameters)
 
@@ -548,7 +549,7 @@ def warn_of_frozen(parameters, trained, adapted):
             and n not in trained and n.rpartition(".")[0] not in adapted]
     if left:
         part, all = (sum(parameters[n].numel() for n in names) for names in (left, parameters))
-        warnings.warn(f"frozen, and not adapted: {part / all:.0%} of the parameters, in "
+        warnings.warn(f"frozen, and not adapted: {part:,} of {all:,} parameters, in "
                       f"{', '.join(left)}; trainable= names what is to train")
 
 
@@ -562,7 +563,7 @@ def own_support(base, side, name, r):
             "dict of tensors; from data: P = selectors.select(model, batches, loss_fn, rank), then "
             "adapt(model, support=P)")
     r = 32 if r is None else r
-    require(r >= 1, f"rank={r} must be an int ≥ 1")
+    require(isinstance(r, int) and r >= 1, f"rank={r} must be an int ≥ 1")
     readable = floating(base)
     require(readable or name == "random", f"support={name!r} is of the weight, which cannot be read"
             ": give a tensor, or 'random'")
@@ -656,7 +657,8 @@ def merged(model):
 
 @contextlib.contextmanager
 def disabled(model):
-    """`with loft.disabled(model):` is the model before adaptation, a reference model say.
+    """`with loft.disabled(model):` is the model before adaptation, a reference model say; but what
+    `trainable` named stays as it is.
 
     In every thread. A checkpoint that it began, or ended, in the middle of raises CheckpointError
     in backward; a reentrant one cannot tell: keep its backward in the same state.
@@ -670,9 +672,10 @@ def disabled(model):
 
 @torch.no_grad()
 def rotated_weights(model):
-    """{layer: its rotated weight}; ValueError where there is none, or it is not finite."""
+    """{layer: its rotated weight}; ValueError where there is none, or it is not finite or off."""
     weights = {}
     for n, layer in adapted(model).items():
+        require(layer.enabled, f"layer {n!r} is switched off: leave `disabled` or `merged` first")
         own = type(layer.base._parameters.get("weight")) is nn.Parameter
         require(own and floating(layer.base), f"layer {n!r}: no floating weight of its own to merge"
                 f" into: a {type(layer.base).__name__}, quantised, in shards, or computed anew")
@@ -768,7 +771,9 @@ def attach(model, found):
     """Puts a `payload` on the model, or into its adapter: all of it, or ValueError and nothing."""
     there, new, state, old = modules(model), {}, found["state"], layers(model)
     has = {n: layer.settings for n, layer in old.items()}
-    require(has in ({}, found["layers"]), f"{found['layers']} in the file, {has} in the model")
+    for n in has and has | found["layers"]:
+        a, b = found["layers"].get(n), has.get(n)
+        require(a == b, f"layer {n!r}: {a} in the file, {b} in the model")
     for n, settings in found["layers"].items():
         with naming(n), torch.random.fork_rng(devices=[]):
             require(n in there and shape(there[n]), "the model has no such linear layer")
