@@ -203,7 +203,9 @@ def make_cell(task, method, support, args):
     """All that a result depends on but rate and seed; support None: the method's own."""
     support = support or OWN.get(method, "all")
     options, size, ahead = args.options if method == "loft" else {}, args.rank, 0
-    if support in ("lookahead", "lookahead-plain", "narrow"):
+    if support == "narrow":
+        ahead = args.steps // 4
+    elif support in ("lookahead", "lookahead-plain"):
         ahead = min(50, args.steps // 4)
     if method in ("frozen", "full", "goft") or size and method in ("oft", "boft"):
         size = None
