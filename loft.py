@@ -218,9 +218,10 @@ class LOFTLinear(nn.Module):
             return self.base.weight
         if torch.compiler.is_compiling():
             return self.compute_weight()
-        weight = RotatedWeight()
-        weight.layer = self
-        return weight
+        W0 = self.base.weight                            # meta: no values but the computed ones
+        W = torch.empty(W0.shape, dtype=W0.dtype, device="meta").as_subclass(RotatedWeight)
+        W.layer = self
+        return W
 
     def compute_weight(self):
         """W0 R or R W0, with magnitudes, in W0's dtype and layout."""
@@ -598,7 +599,8 @@ def check_support(P, d):
 
 
 def target_layers(model, targets=None):
-    """{name: linear layer} that `targets` means (see `adapt`); one in two places counts once.
+    """{name: linear layer} that `targets` means (see `adapt`), or a dict has as its keys; one in
+    two places counts once.
 
     Linear is what has in_features and out_features, and Conv1D. Default: all but output heads,
     which are get_output_embeddings(), share an embedding's weight, or are called one of `HEADS`.
@@ -613,6 +615,8 @@ def target_layers(model, targets=None):
     elif callable(targets):
         names = [n for n, m in linear.items() if targets(n, m)]
     elif isinstance(targets, dict):
+        for n in targets:
+            one_of("layer", n, linear)
         names = [n for n in linear if n in targets]
     else:
         names = matches("targets", targets, linear)

@@ -1133,7 +1133,7 @@ ADAPT = [
     (dict(targets="0", support=EYE + 1), "layer '0': the support is not orthonormal"),
     (dict(targets="0", support=EYE[:5]), "layer '0': the support has shape (5, 4), expected (12,"),
     (dict(targets="0", support=EYE, rank=5), "rank=5, but a support given as tensors has its own"),
-    (dict(support={"0": EYE, "one": EYE}), "one with a support: one"),
+    (dict(support={"0": EYE, "one": EYE}), "unknown layer 'one'; valid: 0, 2, 4"),
     (dict(method="oft", rank=4), "layer '0': rank=4 means nothing to all coordinates"),
     (dict(method="boft", block_size=4, stages=3), "layer '0': block_size=4, stages=3"),
     (dict(bound=0.0), "bound=0.0 positive"), (dict(terms=1), "terms=1 must"),
