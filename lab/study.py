@@ -16,7 +16,6 @@ train.py's.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 from pathlib import Path
@@ -50,10 +49,11 @@ def measure(task, names, seeds, args):
     lora = sum(sum(loft.shape(layer)) for layer in loft.target_layers(task.model).values())
     for cells, budgets, steps, options in (ROWS[name] for name in names):
         args.steps, args.options = steps, options
-        for budget, (method, support) in itertools.product(budgets, cells):
+        for budget in budgets:
             args.budget = budget * lora
-            args.seeds, args.lr = seeds, [best_rate(task, method, support, args)]
-            train.sweep(task, method, support, args, [])
+            for method, support in cells:
+                args.seeds, args.lr = seeds, [best_rate(task, method, support, args)]
+                train.sweep(task, method, support, args, [])
 
 
 def best_rate(task, method, support, args):
@@ -113,7 +113,8 @@ def label(row):
 def report(found, against):
     """Markdown: a table of groups of one task and number of steps. In brackets the differences on
     the same seeds from the group of that label that has about as many parameters."""
-    first, numbers = found[0][0], ["after", *found[0][0]["measures"], "kept_after"]
+    first = found[0][0]
+    numbers = ["after", *first["measures"], "kept_after"]
     head = ["", "size", "trainable", "rate", "seeds", *numbers, "at equal loss", "choosing s",
             "MiB"]
     lines = [head, ["---"] * len(head)]
@@ -145,11 +146,12 @@ def plot(found, path):
                                    layout="constrained")
     for (left, right), groups in zip(axes, found):
         lines = {}
-        for group in sorted(groups, key=lambda group: label(group[0])):
+        for group in sorted(groups, key=lambda group: group[0]["trainable"]):
             row = group[0]
             steps, bits, _ = zip(*row["curve"])
-            left.plot([row["lookahead_steps"] + step for step in steps], bits,
-                      label=f"{label(row)} {row['size']}")
+            if label(row) not in lines:                  # of all sizes the smallest
+                left.plot([row["lookahead_steps"] + step for step in steps], bits,
+                          label=f"{label(row)} {row['size']}")
             loss = statistics.fmean(row["after"] for row in group.values())
             lines.setdefault(label(row), []).append((row["trainable"], loss))
         for name in lines:
