@@ -201,8 +201,9 @@ class LOFTLinear(nn.Module):
 
     def forward(self, input):
         if not self.enabled:
-            # what autograd saves of this 1 tells a checkpoint that would recompute it otherwise
-            return self.base(input * input.new_ones(()))
+            if input.requires_grad:      # what is saved of this 1 tells a checkpoint that would
+                input = input * input.new_ones(())       # recompute it switched on
+            return self.base(input)
         y = self.rotated(input)
         return y if self.magnitude is None else self.magnitude(y, self.bias)
 
@@ -549,8 +550,8 @@ def warn_of_frozen(parameters, trained, adapted):
     left = [n for n, p in parameters.items() if (p.ndim == 3 or new & {*n.split(".")})
             and n not in trained and n.rpartition(".")[0] not in adapted]
     if left:
-        part, all = (sum(parameters[n].numel() for n in names) for names in (left, parameters))
-        warnings.warn(f"frozen, and not adapted: {part:,} of {all:,} parameters, in "
+        part, whole = (sum(parameters[n].numel() for n in names) for names in (left, parameters))
+        warnings.warn(f"frozen, and not adapted: {part:,} of {whole:,} parameters, in "
                       f"{', '.join(left)}; trainable= names what is to train")
 
 
@@ -714,14 +715,16 @@ def check(model, batch, loss_fn):
 
     loss_fn(model, batch) → scalar is the loss of training, as in `selectors.select`.
     """
-    wrong, errors, loss = {}, orthogonality_error(model), loss_fn(model, batch)
+    wrong, errors, loss, grads = {}, orthogonality_error(model), loss_fn(model, batch), ()
+    learned = [p for m in layers(model).values() for p in m.parameters() if p.requires_grad]
+    if learned and loss.requires_grad:
+        grads = torch.autograd.grad(loss, learned, allow_unused=True)
+    grads = dict(zip(learned, grads))
     for n, layer in layers(model).items():
-        grads, learned = [None], [p for p in layer.parameters() if p.requires_grad]
-        if learned and loss.requires_grad:
-            grads = torch.autograd.grad(loss, learned, retain_graph=True, allow_unused=True)
-        if any(g is None for g in grads):
+        own = [grads.get(p) for p in layer.parameters() if p.requires_grad] or [None]
+        if any(g is None for g in own):
             wrong[n] = "no gradient reaches it: bypassed, frozen, or not used for this batch"
-        elif not all(g.isfinite().all() for g in grads):
+        elif not all(g.isfinite().all() for g in own):
             wrong[n] = "its gradient is not finite"
         elif layer.rotation.orthogonal and not errors[n] <= 1e-5:
             wrong[n] = f"|RᵀR − I| = {errors[n]:.0e}"
@@ -775,9 +778,10 @@ def attach(model, found):
     """Puts a `payload` on the model, or into its adapter: all of it, or ValueError and nothing."""
     there, new, state, old = modules(model), {}, found["state"], layers(model)
     has = {n: layer.settings for n, layer in old.items()}
-    for n in has and has | found["layers"]:
-        a, b = found["layers"].get(n), has.get(n)
-        require(a == b, f"layer {n!r}: {a} in the file, {b} in the model")
+    if has:
+        for n in has | found["layers"]:
+            a, b = found["layers"].get(n), has.get(n)
+            require(a == b, f"layer {n!r}: {a} in the file, {b} in the model")
     for n, settings in found["layers"].items():
         with naming(n), torch.random.fork_rng(devices=[]):
             require(n in there and shape(there[n]), "the model has no such linear layer")

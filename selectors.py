@@ -389,8 +389,8 @@ def select(model, batches, loss_fn, rank, kind="skew", targets=None, *, side="in
     """
     one_of("kind", kind, KINDS)
     one_of("side", side, SIDES)
-    require(passes >= 2 and lookahead >= 0, f"lookahead={lookahead} must not be negative, and "
-            f"passes={passes} are two, to find a subspace and to measure it, or more")
+    require(passes >= 2, f"passes={passes}: one to find a subspace and one to measure it, at least")
+    require(lookahead >= 0, f"lookahead={lookahead} must not be negative")
     require(not lookahead or kind not in SUPPORTS, f"{kind} follows from W0: no lookahead")
     layers, sketches, supports = target_layers(model, targets), {}, {}
     batches = list(batches) if iter(batches) is batches else batches
@@ -484,8 +484,8 @@ def narrow(model, batches, loss_fn, rank):
     for n, layer in wide.items():
         R, plain = layer.rotation, dict(method="loft", transform="cayley", scale=False,
                                         side=layer.side, magnitude=False)
-        fits = layer.settings == plain and rank <= R.r and layer.enabled
-        require(fits, f"layer {n!r}: no plain Cayley map of a rank ≥ {rank} to narrow, but "
+        require(layer.settings == plain and rank <= R.r and layer.enabled,
+                f"layer {n!r}: no plain Cayley map of a rank ≥ {rank} to narrow, but "
                 f"{layer.settings}, rank {R.r}, on: {layer.enabled}")
         Q[n] = filled(R.transform.theta.detach()[0, 0], R.r)             # (R.r, R.r)
         supports[n] = R.P @ planes(Q[n], rank)[0]

@@ -242,8 +242,8 @@ def library():
                     and (doc := ast.get_docstring(node))]
         except (SyntaxError, ValueError):
             continue
-        modules += [(TENTHS[zlib.crc32(path.as_posix().encode()) % 10],
-                     path.parts[0].removesuffix(".py"), source, docs)]
+        modules.append((TENTHS[zlib.crc32(path.as_posix().encode()) % 10],
+                        path.parts[0].removesuffix(".py"), source, docs))
     return modules
 
 
@@ -328,7 +328,7 @@ def problem(rng, steps):
         before, total = total, rng.choice([n for n in range(20) if n != total])
         verb, sign = ("gets", "+") if total > before else ("loses", "-")
         prompt += f", {verb} {abs(total - before)}"
-        response += [f"{before}{sign}{abs(total - before)}={total}"]
+        response.append(f"{before}{sign}{abs(total - before)}={total}")
     return prompt + ": ", " ".join(response) + "\n"
 
 
