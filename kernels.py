@@ -3,12 +3,13 @@
     loft.adapt(model, ..., backend="fused")      # or, on a model that is adapted already:
     kernels.fuse(model);  kernels.unfuse(model)
 
-1. theta → T − I: the Cayley map's backward needs no solve, its forward only float32 where that
-   loses no digits; butterflies are multiplied out into small dense blocks.
-2. T − I of all layers of one shape is one batch, and one node of the graph.
+1. theta → T − I: the Cayley map's backward needs no solve, and a small Q only float32; butterflies
+   are multiplied out into small dense blocks.
+2. T − I of all layers of one shape is one batch, and one node of the graph. Without gradient (on a
+   CPU) it is that of the last pass, if the parameters are what they were, number by number.
 3. The batch is made when the model's forward begins, handed to the layers, taken back at its end.
 
-So nothing is remembered that could be out of date. A layer that is called by itself, or again by a
+So nothing that could be out of date is used. A layer that is called by itself, or again by a
 checkpoint in backward, computes its own T. First derivatives only: second ones, and torch.func's
 transforms, are for the eager layers.
 """
@@ -32,6 +33,8 @@ else:
     loft = sys.modules[__package__]                      # the loft.py beside this file
 
 import threading
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -52,23 +55,47 @@ class Cayley(Function):
 
     @staticmethod
     def forward(ctx, Q):
-        D = solve(Q)
-        if Q.dtype != torch.float32 or Q.device.type != "cpu":
-            D = loft.polish(D)
+        D = 2 * inverse(loft.eye(Q) - Q) @ Q if small(Q) else loft.polish(solve(loft.wide(Q)))
         ctx.save_for_backward(D)
-        return D
+        return D.to(Q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
-        N = 2 * loft.eye(G) + ctx.saved_tensors[0]       # 2 M
-        return N.mT @ (G / 2) @ N.mT                     # ∂L/∂Q = 2 Mᵀ (∂L/∂T) Mᵀ
+        D, = ctx.saved_tensors
+        N = 2 * loft.eye(D) + D                          # 2 M
+        dQ = N.mT @ (G.to(D.dtype) / 2) @ N.mT           # ∂L/∂Q = 2 Mᵀ (∂L/∂T) Mᵀ
+        return dQ.to(G.dtype)
+
+
+def small(Q):
+    """Whether float32 will do, on a CPU: `inverse` is right to 3e-6 if ‖Q‖₂ ≤ ‖Q‖_∞ ≤ 8."""
+    if is_compiling() or Q.device.type != "cpu" or Q.dtype != torch.float32:
+        return False
+    return Q.abs().sum(-1).amax().item() <= 8
 
 
 def solve(Q):
     if Q.ndim > 2 and Q.shape[-1] > 64 and Q.device.type == "cpu":
         return torch.stack([solve(q) for q in Q])        # see loft.cayley
     return torch.linalg.solve_ex(loft.eye(Q) - Q, 2 * Q, left=False)[0]  # no wait for a GPU
+
+
+def inverse(A):
+    """A⁻¹ of A = I − Q (…, b, b), by halves: faster than a batched solve on a CPU.
+
+    Its symmetric part is I, and I or more that of what is eliminated here: a small Q needs no
+    pivots.
+    """
+    h = A.shape[-1] // 2
+    if h < 16:
+        return torch.linalg.inv_ex(A)[0]
+    (A11, A12), (A21, A22) = (rows.tensor_split([h], -1) for rows in A.tensor_split([h], -2))
+    X = inverse(A11)
+    XB, CX = X @ A12, A21 @ X
+    Y = inverse(A22 - A21 @ XB)                          # of the Schur complement
+    YC = Y @ CX
+    return torch.cat([torch.cat([X + XB @ YC, -XB @ Y], -1), torch.cat([-YC, Y], -1)], -2)
 
 
 def cayley(Q):
@@ -78,23 +105,20 @@ def cayley(Q):
 def diagonal(rotation, theta, scale=None):
     """T − I of L rotations like this one, as blocks on its diagonal (L, r/c, c, c), c = span(T).
 
-    theta (L, m, r/b or 1, b(b−1)/2), scale (L, 2, r) or None. In float32 at least.
+    theta (L, m, r/b or 1, b(b−1)/2), scale (L, 2, r) or None. In theta's dtype.
     """
     T, c = rotation.transform, span(rotation.transform)
-    wide, kept = loft.wide(theta).dtype, loft.at_least_float32(theta)
-    if theta.device.type == "cpu" and T.map is not loft.expm and not is_compiling():
-        if T.b * theta.detach().abs().amax().item() <= 4:                # a bound of ‖Q‖: no digits
-            wide = kept                                                  # are lost
     with torch.autocast(theta.device.type, enabled=False):
-        D = T.compute(theta.to(wide))[0].to(kept)        # (L, m, r/b or 1, b, b)
+        wide = loft.wide(theta) if T.map is loft.expm else theta
+        D = T.compute(wide)[0].to(theta.dtype)           # (L, m, r/b or 1, b, b)
         if D.shape[1] == 1:
             D = D[:, 0].expand(-1, rotation.r // c, -1, -1)
         else:                                            # what the stages make of the identity
-            rows = torch.eye(c, dtype=kept, device=D.device).repeat(1, rotation.r // c)
+            rows = loft.eye(D.new_empty(c)).repeat(1, rotation.r // c)
             D = torch.stack([T.act(rows, stages) for stages in D])       # (L, c, r)
             D = D.unflatten(-1, (-1, c)).permute(0, 2, 3, 1)
         if scale is not None:                            # diag(1 + β) T diag(1 + α) − I
-            a, b = scale.to(kept).unflatten(-1, (-1, c)).unbind(1)       # (L, r/c, c)
+            a, b = scale.unflatten(-1, (-1, c)).unbind(1)       # (L, r/c, c)
             D = D + b[..., None] * D
             D = D + D * a[..., None, :] + torch.diag_embed(a + b + a * b)
     return D
@@ -143,7 +167,25 @@ def together(rotations, thetas):
     learned = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     if learned and not is_compiling():
         return Together.apply(rotations[0], *parameters)
-    return diagonal(rotations[0], *stack(rotations[0], parameters)).unbind(0)
+    compute = diagonal if is_compiling() or thetas[0].device.type != "cpu" else remembered
+    return compute(rotations[0], *stack(rotations[0], parameters)).unbind(0)
+
+
+LAST = WeakKeyDictionary()                               # {rotation: (stacks, their T − I)}
+
+
+def remembered(rotation, *stacks):
+    """`diagonal` without gradient; again, if it had these values last time."""
+    before, D = LAST.get(rotation, ((), None))
+    if not before or not all(same(a, b) for a, b in zip(before, stacks)):
+        with torch.inference_mode(False), torch.no_grad():
+            D = diagonal(rotation, *stacks)
+        LAST[rotation] = stacks, D
+    return D
+
+
+def same(a, b):
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,8 +216,16 @@ class FusedRotation(loft.Rotation):
     def in_support(self, z):
         D = self.blocks().to(z.dtype)
         if len(D) == 1:
-            return z @ D[0].mT
+            return nn.functional.linear(z, D[0])
         return torch.einsum("...kb,kcb->...kc", z.unflatten(-1, D.shape[:2]), D).flatten(-2)
+
+    def rotate(self, W, side):
+        if side == "output" or self.P is not None:
+            return super().rotate(W, side)
+        D = self.blocks()
+        with torch.autocast(W.device.type, enabled=False):
+            W = W.to(D.dtype)
+            return W + torch.einsum("okb,kbc->okc", W.unflatten(-1, D.shape[:2]), D).flatten(-2)
 
     def blocks(self):
         """T − I on its diagonal (r/c, c, c)."""
@@ -190,12 +240,13 @@ def thread():
     return 0 if is_compiling() else threading.get_ident()
 
 
-def hand_out(model, args):
+def hand_out(layers, model, args):
     """When the model's forward begins: T − I of all layers, in a batch for every shape."""
     groups = {}
-    for m in model.modules():
-        if isinstance(m, loft.LOFTLinear) and m.enabled and type(m.rotation) is FusedRotation:
-            R, theta = m.rotation, getattr(m.rotation.transform, "theta", None)
+    for layer in layers:
+        R = layer.rotation
+        if layer.enabled and type(R) is FusedRotation:
+            theta = getattr(R.transform, "theta", None)
             if there(theta, 3) and (R.scale is None or there(R.scale, 2)):
                 key = *R.config.items(), R.r, theta.shape, theta.dtype, theta.device
                 groups.setdefault(key, []).append(R)
@@ -210,11 +261,11 @@ def there(p, ndim):
     return type(p) is nn.Parameter and p.ndim == ndim and p.device.type != "meta"
 
 
-def take_back(model, args, output):
+def take_back(layers, model, args, output):
     """When it ends, or fails."""
-    for m in model.modules():
-        if type(m) is FusedRotation:
-            m.handed = FusedRotation.handed
+    for layer in layers:
+        if type(layer.rotation) is FusedRotation:
+            layer.rotation.handed = FusedRotation.handed
 
 
 def fuse(model):
@@ -224,13 +275,14 @@ def fuse(model):
     have twins; trees, reflections and LoRA stay. ValueError: the model is not adapted.
     """
     unfuse(model)
-    for layer in loft.adapted(model).values():
+    layers = list(loft.adapted(model).values())
+    for layer in layers:
         R, T = layer.rotation, getattr(layer.rotation, "transform", None)
         if type(R) is loft.Rotation and type(T) is loft.Skew and span(T) <= max(T.b, 256):
             R.__class__, T.__class__, layer.fused = FusedRotation, FusedSkew, True
             T.map = cayley if T.map is loft.cayley else T.map
-    model.register_forward_pre_hook(hand_out)
-    model.register_forward_hook(take_back, always_call=True)
+    model.register_forward_pre_hook(partial(hand_out, layers))
+    model.register_forward_hook(partial(take_back, layers), always_call=True)
     return model
 
 
@@ -246,7 +298,9 @@ def unfuse(model):
         if isinstance(m, loft.LOFTLinear):
             m.fused = False
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (hand_out, take_back)]:
+            ours = [key for key, hook in hooks.items()
+                    if getattr(hook, "func", None) in (hand_out, take_back)]
+            for key in ours:
                 del hooks[key]
                 m._forward_hooks_always_called.pop(key, None)
     return model

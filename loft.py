@@ -315,9 +315,10 @@ class Skew(Transform):
     def act(self, z, D):
         y = z
         for s in range(len(D) - 1, 0, -1):               # z Tᵀ = z T_mᵀ … T_1ᵀ
-            i = torch.arange(z.shape[-1], device=z.device).view(-1, 2, 2 ** s, self.b // 2)
-            i = i.transpose(1, 2).flatten()              # a block's two halves, side by side
-            y = y + self.blocks(y[..., i], D[s])[..., i.argsort()]
+            h = y.unflatten(-1, (-1, 2, 2 ** s, self.b // 2)).transpose(-3, -2)
+            h = self.blocks(h.flatten(-4), D[s])         # a block's two halves, side by side
+            h = h.unflatten(-1, (-1, 2 ** s, 2, self.b // 2)).transpose(-3, -2)
+            y = y + h.flatten(-4)
         h = self.blocks(y, D[0])
         return h if y is z else h + (y - z)
 

@@ -1003,33 +1003,38 @@ EDITS = [
 
 
 @each_case
-def test_fused_remembers_nothing(case):
+def test_fused_is_never_out_of_date(case):
     """Whatever was run, edited, or replaced: the whole model and its parts follow."""
     fused, eager, x = twins(case)
     for edit in EDITS:
         for model in (fused, eager):
             edit(model)
             halve(model)
+        for _ in range(2):
+            same(torch.no_grad()(fused)(x), eager(x))
         agree(fused, eager, x, WAYS["by parts"])
         agree(fused, eager, x)
 
 
 def test_one_batch_for_every_shape(monkeypatch):
-    """A forward pass; none if switched off. A reentrant checkpoint's layers: again, in backward."""
+    """A forward pass; none if switched off, or without gradient if nothing has changed. A reentrant
+    checkpoint's layers: again, in backward."""
     sizes, diagonal = [], kernels.diagonal
     monkeypatch.setattr(kernels, "diagonal", lambda R, theta, *scale: (
         sizes.append(len(theta)), diagonal(R, theta, *scale))[1])
     fused, _, x = twins("psoft")
     with loft.disabled(fused):
         fused(x)
+    with torch.inference_mode():
+        fused(x), fused(x)
     for i in range(3):
         fused[i] = checkpoint_wrapper(fused[i], CheckpointImpl.REENTRANT)
     fused(x.requires_grad_()).sum().backward()
-    assert sizes == [3, 1, 1, 1]
+    assert sizes == [3, 3, 1, 1, 1]
     kinds = [loft.adapt(nn.Linear(9, 9), transform=t) for t in ("expm", "cayley", "expm")]
     eager = stir(nn.Sequential(*kinds).double())
     agree(kernels.fuse(copy.deepcopy(eager)), eager, x[..., :9])
-    assert sizes[4:] == [2, 1]
+    assert sizes[5:] == [2, 1]
 
 
 def test_parameters_that_come_when_their_module_is_called():
