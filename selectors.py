@@ -67,11 +67,6 @@ def activation(X, r):
     return principal(X, r)
 
 
-def moment(S, r):
-    """Top r eigenvectors of the second moment Σ_b S_bᵀS_b of S (pieces, in, in)."""
-    return principal((S.mT @ S).sum(0), r)
-
-
 def paired(W, G, r):
     """Basis of [v_1, W0ᵀu_1, v_2, W0ᵀu_2, …], (u, σ, v) the top r/2 singular triplets of G.
 
@@ -142,11 +137,12 @@ def full(X):
 class Look(Function):
     """The identity of u, whose backward pass calls see(ctx, ∂L/∂u), x being in ctx.saved_tensors.
 
-    So x is kept as autograd keeps tensors: checkpoints drop it, a change in place is found.
+    So x is kept as autograd keeps tensors: checkpoints drop it, a change in place is found. Of
+    `leaf` no more is wanted than that it requires a gradient, where nothing else does.
     """
 
     @staticmethod
-    def forward(ctx, u, x, see):
+    def forward(ctx, u, x, see, leaf):
         ctx.see = see
         ctx.save_for_backward(x)
         return u.clone()
@@ -154,12 +150,12 @@ class Look(Function):
     @staticmethod
     def backward(ctx, g):
         ctx.see(ctx, g)
-        return g, None, None
+        return g, None, None, None
 
 
 def watch(see, module, args, kwargs, y):
     """A forward hook, of a rotation or of a layer."""
-    return Look.apply(y, turned(*args, **kwargs), see)
+    return Look.apply(y, turned(*args, **kwargs), see, torch.zeros((), requires_grad=True))
 
 
 def turned(input, bias=None):
@@ -167,9 +163,14 @@ def turned(input, bias=None):
     return input if bias is None else input - bias
 
 
+def unturned(input, bias=None):
+    """The forward of a rotation R = I."""
+    return input
+
+
 @contextlib.contextmanager
 def rotated(model, layers, side, supports={}, trainable=()):
-    """The model with a rotation on each of `layers`, in its support or in two axes.
+    """The model with a rotation on each of `layers`, in its support; R = I where there are none.
 
     All is frozen but the rotations and the parameters `trainable`, and in eval mode. Afterwards the
     model is as it was, whatever happens.
@@ -180,6 +181,8 @@ def rotated(model, layers, side, supports={}, trainable=()):
         with naming(n):
             P = supports.get(n, torch.eye(shape(layer)[SIDES.index(side)], 2))
             new[n] = wrap(layer, P, method="loft", side=side, magnitude=False)
+        if not supports:
+            new[n].rotation.forward = unturned
     with contextlib.ExitStack() as after:
         for p in model.parameters():
             after.callback(p.requires_grad_, p.requires_grad)
@@ -250,22 +253,20 @@ def say(text):
 
 
 def S_times(Z, x, g):
-    """What rows add to S Z; to S, where Z is None."""
-    if Z is None:
-        return skew_part(g.mT @ x)
+    """What rows add to S Z."""
     return (g.mT @ (x @ Z) - x.mT @ (g @ Z)) / 2
 
 
 # --------------------------------------------------------------------------------------------------
 # Supports of a model
 
-KINDS = ("random", "principal", "activation", "gradient", "paired", "moment", "skew")
+KINDS = ("random", "principal", "activation", "gradient", "paired", "skew")
 
 
 class Sketch:
     """What the support of one layer is made of: a matrix H (d, ·), or H Z where H would be large.
 
-    H is S, or Gᵀ (gradient, paired), or a second moment. Up to d = `dense` Z is I, and a pass over
+    H is S, or Gᵀ (gradient, paired), or XᵀX (activation). Up to d = `dense` Z is I, and a pass over
     data gives H. Above, Z is thin, at first random; a pass gives H Z, the next one goes on from
     orth(H Z), and the last one counts. (Gᵀ maps from one space into another, so that G takes turns
     with it.)
@@ -306,12 +307,10 @@ class Sketch:
 
     def product(self, x, g):
         """What rows add to H Z."""
-        if self.kind == "moment":
-            return -S_times(S_times(self.Z, x, g), x, g)
         if self.kind == "activation":
             x = g = x[g.any(dim=1)]                          # a row with g = 0 is padding
         elif self.place == "rotation":
-            return S_times(self.Z, x, g)
+            return S_times(self.Z, x, g) if self.thin else g.mT @ x      # whose skew part is S
         elif (self.side == "output") != (self.thin and self.left % 2 == 1):
             x, g = g, x                                      # the other side, or G's turn: not both
         return x.mT @ (g if self.Z is None else g @ self.Z)
@@ -321,10 +320,10 @@ class Sketch:
             return SUPPORTS[self.kind](self.weight(), self.r)
         if self.kind == "paired":
             return pairs(self.weight(), self.HZ, self.Z, self.r)
-        if self.kind in ("gradient", "activation", "moment"):
+        if self.kind in ("gradient", "activation"):
             return principal(self.HZ.mT, self.r)
         if self.Z is None:
-            P, self.sigma = planes(self.HZ, self.r)
+            P, self.sigma = planes(skew_part(self.HZ), self.r)
             return P
         V, self.sigma = planes(self.Z.mT @ self.HZ, self.r)  # Rayleigh–Ritz
         return self.Z @ V

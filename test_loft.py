@@ -628,7 +628,7 @@ def test_skew_has_the_largest_score(out, d, thin, seed):
         G = U[:, :d // 2] @ U[:, d // 2:][:, :d // 2].mT
     r, S, score = 1 + seed % min(W.shape), selectors.skew_part(W.mT @ G), {}
     best = torch.linalg.svdvals(S)[:r // 2 * 2].norm()
-    for kind in set(selectors.KINDS) - {"activation", "moment"}:
+    for kind in set(selectors.KINDS) - {"activation"}:
         P = getattr(selectors, kind)(*([W] if kind in loft.SUPPORTS else [W, G]), r)
         same(P.mT @ P, torch.eye(r).double(), 1e-10)
         score[kind] = selectors.score(W, G, P)
@@ -647,7 +647,7 @@ def test_a_selection_is_the_pure_function_of_the_true_gradient(kind, side):
     found = choose(iter(batches), align=False)
     W, G, S = (torch.stack(each) for each in zip(*(dense(model, batch, side) for batch in batches)))
     W, G, (X, y) = W[0], G.sum(0), map(torch.cat, zip(*batches))
-    tensors = {"activation": [X if side == "input" else X @ W], "moment": [S]}.get(kind, [W, G])
+    tensors = [W, G] if kind != "activation" else [X if side == "input" else X @ W]
     streaming, at_rest = dict(dense=0, passes=8), dict(lookahead=24, lookahead_lr=0)
     if kind in loft.SUPPORTS:
         tensors, at_rest = [W], {}

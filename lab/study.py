@@ -27,7 +27,7 @@ from lab.tasks import TASKS
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
-LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "moment", "lookahead")
+LOFT = [("loft", kind + basis) for kind in ("principal", "skew", "lookahead")
         for basis in ("", "-plain")]
 BEST = [("loft", "narrow"), ("lora", None), ("psoft", None), LOFT[0]]
 ROWS = {  # (method, support; None: its own), budgets as multiples of lora's least, steps, options
