@@ -1,12 +1,12 @@
 """Speed of every method, ours (fused and eager) beside peft's: same layers, input, dtype, gradient.
 
     python bench.py                        # about 3 minutes on 2 CPU cores
-    python bench.py --quick                # a quarter of one
     python bench.py --json rows.jsonl      # a line a row
+    python bench.py --eval                 # forward passes alone, without gradient
 
 1. Two d × d linear layers, forward and backward, for n rows.
 2. A training step (forward, backward, Adam) of a 12-layer transformer on a small batch.
-3. What is paid once: choosing supports, adapting, fusing, saving, loading, merging.
+3. What is paid once: choosing supports, merging.
 
 In 1 and 2 the implementations take turns in each repeat, so that a slow spell of the machine hits
 all of them. "ratio" is that to the frozen layers in the same repeat: the median, and ± half the
@@ -21,7 +21,6 @@ import copy
 import json
 import platform
 import statistics
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.benchmark import timer                  # the clock, once the device has finished
 
 import loft
-from loft import kernels, selectors
+from loft import selectors
 
 try:
     import peft
@@ -54,11 +53,14 @@ METHODS = {  # name: arguments of loft.adapt; peft's configuration and its argum
 }
 FROZEN = ("torch", "frozen", "eager")
 FUSED = ("loft", "loft", "fused")
-TARGETS = [  # d, n, a row, the row beside it, and the ratio of their times that is wanted at most
-    (512, 128, FUSED, ("loft", "lora", "eager"), 1.03),
-    (512, 128, FUSED, ("peft", "lora", "eager"), 1.03),
-    (512, 128, ("loft", "loft", "eager"), FROZEN, 1.5),
-    (512, 128, ("loft", "psoft", "fused"), ("peft", "psoft", "eager"), 1 / 1.3),
+AHEAD = "select skew, lookahead of 50 steps"
+TARGETS = [  # d, n or any, a row, the row beside it, and the ratio of times wanted at most
+    (512, None, FUSED, ("loft", "lora", "eager"), 1.03),
+    (512, None, FUSED, ("peft", "lora", "eager"), 1.03),
+    (512, None, ("loft", "loft", "fused, compiled"), ("loft", "lora", "eager, compiled"), 1.03),
+    (512, None, ("loft", "loft", "eager"), FROZEN, 1.5),
+    (512, None, ("loft", "psoft", "fused"), ("peft", "psoft", "eager"), 1 / 1.3),
+    (256, 512, ("loft", "loft", AHEAD), ("loft", "loft", "50 training steps"), 1.15),
     (1024, 128, FUSED, FROZEN, 1.3),
     *((1024, 1024, ("loft", method, "fused"), ("peft", method, "eager"), most)
       for method, most in (("oft", 1), ("oft series", 1), ("boft", 1 / 3))),
@@ -97,8 +99,7 @@ class Step:
         self.model = copy.deepcopy(base).to(args.device, args.dtype).requires_grad_(False)
         targets = [name for name, m in base.named_modules() if isinstance(m, nn.Linear)]
         if impl == "loft":
-            fused = "eager" if backend == "eager" else "fused"
-            loft.adapt(self.model, targets, backend=fused, **METHODS[method][0])
+            loft.adapt(self.model, targets, backend=backend.split(",")[0], **METHODS[method][0])
         if impl == "peft":
             name, options = METHODS[method][1]
             config = getattr(peft, name)(target_modules=targets, **options)
@@ -107,17 +108,19 @@ class Step:
         with torch.no_grad():                            # away from T = I, where nothing is special
             for p in self.parameters:
                 p.add_(torch.randn_like(p), alpha=1e-3)
-        if backend == "fused, compiled":
+        if "compiled" in backend:
             self.model = torch.compile(self.model, fullgraph=True)
         self.x = torch.randn(1, n, d, device=args.device, dtype=args.dtype, requires_grad=True)
         self.g = torch.randn_like(self.x)
         self.adam = torch.optim.Adam(self.parameters, 1e-6) if adam and self.parameters else None
-        self.times = []
-        self.row = dict(impl=impl, method=method, backend=backend, d=d, n=n,
-                        trained=sum(p.numel() for p in self.parameters), threads=args.threads,
-                        device=args.device, dtype=str(args.dtype).removeprefix("torch."))
+        self.times, self.eval = [], args.eval
+        self.row = dict(impl=impl, method=method, backend=backend, d=d, n=n, eval=args.eval,
+                        threads=args.threads, device=args.device,
+                        dtype=str(args.dtype).removeprefix("torch."))
 
     def step(self):
+        if self.eval:
+            return torch.no_grad()(self.model)(self.x)
         for p in (self.x, *self.parameters):
             p.grad = None
         self.model(self.x).backward(self.g)
@@ -143,8 +146,8 @@ def table(title, base, d, n, seconds, args, methods=METHODS, adam=False):
     """Measures and prints one table; returns its rows."""
     names = [FROZEN]
     for method in methods:
-        backends = ["fused", "eager"] + ["fused, compiled"] * args.compile
-        backends = ["eager"] if method in ("goft", "hra", "lora") else backends
+        backends = ["eager"] if method in ("goft", "hra", "lora") else ["fused", "eager"]
+        backends += [f"{backends[0]}, compiled"] * args.compile
         names += [("loft", method, backend) for backend in backends]
         names += [("peft", method, "eager")] if peft and METHODS[method][1] else []
     steps = [Step(name, base, n, d, adam, args) for name in names]
@@ -157,71 +160,72 @@ def table(title, base, d, n, seconds, args, methods=METHODS, adam=False):
                 began = timer()
                 s.step()
                 s.times.append(timer() - began)
-    print(f"\n{title}\n{'':37}{'ms':>10}{'ratio':>8}{'±':>8}{'kept MiB':>10}{'trained':>12}")
+    print(f"\n{title}\n{'':37}{'ms':>10}{'ratio':>8}{'±':>8}{'kept MiB':>10}")
     for s in steps:
         ratios = [t / frozen for t, frozen in zip(s.times, steps[0].times)]
         low, ratio, high = statistics.quantiles(ratios * 2, n=4)
         s.row |= dict(step_ms=statistics.median(s.times) * 1e3, repeats=len(s.times), ratio=ratio,
                       spread=(high - low) / 2, kept_mib=s.kept()[0])
         print("{impl:6}{method:12}{backend:19}{step_ms:10.2f}{ratio:8.3f}{spread:8.3f}"
-              "{kept_mib:10.2f}{trained:12,}".format(**s.row), flush=True)
+              "{kept_mib:10.2f}".format(**s.row), flush=True)
     return [s.row for s in steps]
 
 
 def once(d, depth, args):
-    """Milliseconds of what is done once. Selection sees 4 batches of 128 tokens."""
-    base = transformer(d, depth).to(args.device).requires_grad_(False)
-    batches = [torch.randn(1, 128, d, device=args.device) for _ in range(4)]
-    rows = []
+    """Milliseconds of what is done once. Selection sees 8 batches of 512 tokens."""
+    model, rows = transformer(d, depth).to(args.device).requires_grad_(False), []
+    batches = [torch.randn(1, 512, d, device=args.device) for _ in range(8)]
+    steps = Step(("loft", "loft", "eager"), model, 512, d, True, args)
+    steps.eval = False
 
     def loss(model, x):
         return (model(x) - x.flip(-1)).square().mean()
 
+    def choose(kind, **options):
+        return selectors.select(model, batches, loss, 64, kind, **options)
+
     def row(what, function):
         began = timer()
         result = function()
-        rows.append(dict(impl="loft", method="loft", backend=what, d=d, n=128, threads=args.threads,
-                         device=args.device, dtype="float32", step_ms=(timer() - began) * 1e3))
-        print(f"{what:37}{rows[-1]['step_ms']:10.1f} ms", flush=True)
+        ms = (timer() - began) * 1e3
+        rows.append(steps.row | dict(backend=what, step_ms=ms, ratio=ms))
+        print(f"{what:37}{ms:10.1f} ms", flush=True)
         return result
 
-    print(f"\npaid once, for {6 * depth} layers of a {depth}-layer transformer, d = {d}, r = 32")
-    row("four plain passes, for comparison", lambda: [
-        loss(base, x.clone().requires_grad_()).backward() for x in batches])
-    row("select principal", lambda: selectors.select(base, batches, loss, 32, "principal"))
-    P = row("select skew", lambda: selectors.select(base, batches, loss, 32))
-    row("select skew, lookahead of 8 steps",
-        lambda: selectors.select(base, batches, loss, 32, lookahead=8))
-    model = row("adapt, supports given", lambda: loft.adapt(copy.deepcopy(base), support=P))
-    row("fuse", lambda: kernels.fuse(model))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.pt"
-        row("save", lambda: loft.save(model, path))
-        row("load, into a plain model", lambda: loft.load(copy.deepcopy(base), path))
+    print(f"\npaid once, for {6 * depth} layers of a {depth}-layer transformer, d = {d}, r = 64")
+    row("8 plain passes, for comparison", lambda: [
+        loss(model, x.clone().requires_grad_()).backward() for x in batches])
+    P = row("select principal", lambda: choose("principal", align=False))
+    row("align", lambda: selectors.align(model, batches, loss, P))
+    row("select skew", lambda: choose("skew"))
+    row(AHEAD, lambda: choose("skew", lookahead=50))
+    row("50 training steps", lambda: [steps.step() for _ in range(50)])
+    loft.adapt(model, support=P)
     row("merge", lambda: loft.merge(model))
     return rows
 
 
 def verdicts(rows):
     """A line for each of TARGETS whose rows were measured."""
-    found = {(r["d"], r["n"], r["impl"], r["method"], r["backend"]): r for r in rows}
     print()
     for d, n, ours, theirs, most in TARGETS:
-        a, b = found.get((d, n, *ours)), found.get((d, n, *theirs))
-        if a and b:
-            ratio = a["ratio"] / b["ratio"]
+        found = {(r["impl"], r["method"], r["backend"]): r["ratio"] for r in rows
+                 if r["d"] == d and n in (None, r["n"])}
+        if ours in found and theirs in found:
+            ratio = found[ours] / found[theirs]
             print(f"{'met' if ratio <= most else 'missed':8}{ratio:6.3f} (at most {most:5.3f})  "
-                  f"d = {d}, n = {n}: {' '.join(ours)} / {' '.join(theirs)}")
+                  f"d = {d}, n = {n or 'as above'}: {' '.join(ours)} / {' '.join(theirs)}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller, with fewer repeats")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile: minutes")
+    parser.add_argument("--eval", action="store_true", help="forward alone, without gradient")
+    parser.add_argument("--tokens", type=int, default=128, help="in a batch of the transformer")
     parser.add_argument("--json", metavar="FILE", help="write one object a row")
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype)
@@ -233,18 +237,18 @@ def main(argv=None):
     print(f"torch {torch.__version__}, {args.dtype}, {args.threads} threads, {args.device} {card}",
           peer, sep=", ")
 
-    sizes = [(1024, 1024, 30), (1024, 128, 15), (4096, 256, 30)]
-    d, depth, seconds = (256, 4, 1) if args.quick else (512, 12, 40)
+    passes = "forward alone" if args.eval else "forward and backward"
     rows, began = [], timer()
-    for wide, n, limit in [(1024, 128, 1)] if args.quick else sizes:
-        few = METHODS if wide < 4096 else ("loft", "psoft", "oft series", "hra", "lora")
-        layers = nn.Sequential(nn.Linear(wide, wide), nn.Linear(wide, wide))
-        title = f"two {wide} × {wide} layers, {n} rows, forward and backward"
-        rows += table(title, layers, wide, n, limit, args, few)
-    title = f"training step of a {depth}-layer transformer, d = {d}, 128 tokens, {6 * depth} layers"
+    for d, n, seconds in (1024, 1024, 30), (1024, 128, 15), (4096, 256, 30):
+        few = METHODS if d < 4096 else ("loft", "psoft", "oft series", "hra", "lora")
+        layers = nn.Sequential(nn.Linear(d, d), nn.Linear(d, d))
+        title = f"two {d} × {d} layers, {n} rows, {passes}"
+        rows += table(title, layers, d, n, seconds, args, few)
+    title = f"12-layer transformer, d = 512, {args.tokens} tokens, 72 layers, {passes}"
+    title += "" if args.eval else ", Adam"
     few = ("loft", "psoft", "lora")
-    rows += table(title, transformer(d, depth), d, 128, seconds, args, few, adam=True)
-    rows += once(*((128, 2) if args.quick else (256, 4)), args)
+    rows += table(title, transformer(512, 12), 512, args.tokens, 40, args, few, adam=True)
+    rows += once(256, 4, args)
     verdicts(rows)
     print(f"\n{timer() - began:.0f} s")
     if args.json:

@@ -193,8 +193,8 @@ class FusedRotation(loft.Rotation):
             P = self.P.to(x.dtype)
             return torch.addmm(rows, self.in_support(u @ P), P.mT).view(x.shape)
         D = self.blocks().to(x.dtype)
-        rows, u = (t.unflatten(-1, D.shape[:2]).transpose(0, 1) for t in (rows, u))
-        return torch.baddbmm(rows, u, D.mT).transpose(0, 1).reshape(x.shape)         # (d/c, n, c)
+        rows, u = (t.unflatten(-1, D.shape[:2]) for t in (rows, u))      # (n, d/c, c)
+        return (rows + torch.bmm(u.transpose(0, 1), D.mT).transpose(0, 1)).reshape(x.shape)
 
     def in_support(self, z):
         D = self.blocks().to(z.dtype)
