@@ -55,17 +55,15 @@ class Cayley(Function):
 
     @staticmethod
     def forward(ctx, Q):
-        D = solve(Q) if small(Q) else loft.polish(solve(loft.wide(Q)))
+        D = solve(Q) if small(Q) else loft.polish(solve(loft.wide(Q))).to(Q.dtype)
         ctx.save_for_backward(D)
-        return D.to(Q.dtype)
+        return D
 
     @staticmethod
     @once_differentiable
     def backward(ctx, G):
-        D, = ctx.saved_tensors
-        N = 2 * loft.eye(D) + D                          # 2 M
-        dQ = N.mT @ (G.to(D.dtype) / 2) @ N.mT           # ∂L/∂Q = 2 Mᵀ (∂L/∂T) Mᵀ
-        return dQ.to(G.dtype)
+        N = 2 * loft.eye(G) + ctx.saved_tensors[0]       # 2 M
+        return N.mT @ (G / 2) @ N.mT                     # ∂L/∂Q = 2 Mᵀ (∂L/∂T) Mᵀ
 
 
 def small(Q):
