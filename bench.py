@@ -230,6 +230,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
+    torch._dynamo.config.cache_size_limit = 64           # of models that share a class
     warnings.filterwarnings("ignore", module="peft")     # of the extension that BOFT lacks
     warnings.filterwarnings("ignore", message=".*flat spectrum")         # noise is no task
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
