@@ -201,6 +201,7 @@ class FusedRotation(loft.Rotation):
         return torch.einsum("...kb,kcb->...kc", z.unflatten(-1, D.shape[:2]), D).flatten(-2)
 
     def rotate(self, W, side):
+        """W R or R W: where R is of blocks, block by block."""
         if side == "output" or self.P is not None:
             return super().rotate(W, side)
         D = self.blocks()
