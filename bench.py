@@ -217,7 +217,7 @@ def verdicts(rows):
                   f"d = {d}, n = {n or 'as above'}: {' '.join(ours)} / {' '.join(theirs)}")
 
 
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -227,7 +227,7 @@ def main(argv=None):
     parser.add_argument("--eval", action="store_true", help="forward alone, without gradient")
     parser.add_argument("--tokens", type=int, default=128, help="in a batch of the transformer")
     parser.add_argument("--json", metavar="FILE", help="write one object a row")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
     torch._dynamo.config.cache_size_limit = 64           # of models that share a class
@@ -254,7 +254,6 @@ def main(argv=None):
     print(f"\n{timer() - began:.0f} s")
     if args.json:
         Path(args.json).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
 
 
 if __name__ == "__main__":
