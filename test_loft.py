@@ -1071,6 +1071,22 @@ def test_compiled(case, change):
     assert counters["stats"]["unique_graphs"] == count
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", ["loft", "psoft", "oft", "boft"])
+def test_a_step_on_a_GPU_does_not_wait(case):
+    """For nothing on the host: no synchronisation, no copy to the device."""
+    fused, _, x = twins(case, dtype=torch.float32)
+    fused, x = fused.cuda(), x.cuda()
+    fused(x).sum().backward()                            # libraries start
+    with torch.profiler.profile() as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fused(x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not [e.name for e in profile.events() if "HtoD" in e.name]
+
+
 def test_large_blocks_on_two_threads():
     """Where torch's batched LU hangs (pytorch#142815)."""
     code = """
