@@ -195,10 +195,7 @@ class FusedRotation(loft.Rotation):
         return (rows + torch.bmm(u.transpose(0, 1), D.mT).transpose(0, 1)).reshape(x.shape)
 
     def in_support(self, z):
-        D = self.blocks().to(z.dtype)
-        if len(D) == 1:
-            return nn.functional.linear(z, D[0])
-        return torch.einsum("...kb,kcb->...kc", z.unflatten(-1, D.shape[:2]), D).flatten(-2)
+        return self.transform.by_blocks(z, self.blocks().to(z.dtype))
 
     def rotate(self, W, side):
         """W R or R W: where R is of blocks, block by block."""
@@ -207,7 +204,7 @@ class FusedRotation(loft.Rotation):
         D = self.blocks()
         with torch.autocast(W.device.type, enabled=False):
             W = W.to(D.dtype)
-            return W + torch.einsum("okb,kbc->okc", W.unflatten(-1, D.shape[:2]), D).flatten(-2)
+            return W + self.transform.by_blocks(W, D.mT)
 
     def blocks(self):
         """T − I on its diagonal (r/c, c, c)."""

@@ -316,17 +316,17 @@ class Skew(Transform):
         y = z
         for s in range(len(D) - 1, 0, -1):               # z Tᵀ = z T_mᵀ … T_1ᵀ
             h = y.unflatten(-1, (-1, 2, 2 ** s, self.b // 2)).transpose(-3, -2)
-            h = self.blocks(h.flatten(-4), D[s])         # a block's two halves, side by side
+            h = self.by_blocks(h.flatten(-4), D[s])      # a block's two halves, side by side
             h = h.unflatten(-1, (-1, 2 ** s, 2, self.b // 2)).transpose(-3, -2)
             y = y + h.flatten(-4)
-        h = self.blocks(y, D[0])
+        h = self.by_blocks(y, D[0])
         return h if y is z else h + (y - z)
 
-    def blocks(self, z, D):
+    def by_blocks(self, z, D):
         """z (T_s − I)ᵀ for z (…, r) and the blocks of T_s − I, D (r/b or 1, b, b)."""
-        if self.b == z.shape[-1]:
+        if D.shape[-1] == z.shape[-1]:
             return z @ D[0].mT
-        rows = z.unflatten(-1, (-1, self.b))             # (…, r/b, b)
+        rows = z.unflatten(-1, (-1, D.shape[-1]))        # (…, r/b, b)
         return torch.einsum("...kb,kcb->...kc", rows, D).flatten(-2)
 
 
