@@ -181,7 +181,7 @@ def rotated(model, layers, side, supports={}, trainable=()):
         with naming(n):
             P = supports.get(n, torch.eye(shape(layer)[SIDES.index(side)], 2))
             new[n] = wrap(layer, P, method="loft", side=side, magnitude=False)
-        if not supports:
+        if n not in supports:
             new[n].rotation.forward = unturned
     with contextlib.ExitStack() as after:
         for p in model.parameters():
