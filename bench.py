@@ -113,13 +113,13 @@ class Step:
         self.x = torch.randn(1, n, d, device=args.device, dtype=args.dtype, requires_grad=True)
         self.g = torch.randn_like(self.x)
         self.adam = torch.optim.Adam(self.parameters, 1e-6) if adam and self.parameters else None
-        self.times, self.eval = [], args.eval
+        self.times = []
         self.row = dict(impl=impl, method=method, backend=backend, d=d, n=n, eval=args.eval,
                         threads=args.threads, device=args.device,
                         dtype=str(args.dtype).removeprefix("torch."))
 
     def step(self):
-        if self.eval:
+        if self.row["eval"]:
             return torch.no_grad()(self.model)(self.x)
         for p in (self.x, *self.parameters):
             p.grad = None
@@ -176,7 +176,7 @@ def once(d, depth, args):
     model, rows = transformer(d, depth).to(args.device).requires_grad_(False), []
     batches = [torch.randn(1, 512, d, device=args.device) for _ in range(8)]
     steps = Step(("loft", "loft", "eager"), model, 512, d, True, args)
-    steps.eval = False
+    steps.row["eval"] = False
 
     def loss(model, x):
         return (model(x) - x.flip(-1)).square().mean()
@@ -230,7 +230,8 @@ def main():
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.cache_size_limit = 64           # of models that share a class
+    if args.compile:
+        torch._dynamo.config.cache_size_limit = 64       # of models that share a class
     warnings.filterwarnings("ignore", module="peft")     # of the extension that BOFT lacks
     warnings.filterwarnings("ignore", message=".*flat spectrum")         # noise is no task
     card = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
@@ -247,8 +248,8 @@ def main():
         rows += table(title, layers, d, n, seconds, args, few)
     title = f"12-layer transformer, d = 512, {args.tokens} tokens, 72 layers, {passes}"
     title += "" if args.eval else ", Adam"
-    few = ("loft", "psoft", "lora")
-    rows += table(title, transformer(512, 12), 512, args.tokens, 40, args, few, adam=True)
+    rows += table(title, transformer(512, 12), 512, args.tokens, 40, args,
+                  ("loft", "psoft", "lora"), adam=True)
     rows += once(256, 4, args)
     verdicts(rows)
     print(f"\n{timer() - began:.0f} s")
